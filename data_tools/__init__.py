@@ -1,0 +1,1 @@
+"""Programs of the offline data pipeline: `megavideo render-clips`, `megavideo tokenize-videos`, ..."""

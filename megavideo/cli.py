@@ -1,0 +1,56 @@
+"""The `megavideo` command: one table from subcommand to function, imported when it is chosen.
+
+`megavideo --help` therefore imports neither torch nor deepspeed.
+"""
+
+import importlib
+import sys
+
+import click
+
+from megavideo import __version__
+from megavideo.log import setup_logging
+
+# name -> (where it is, one line of help). The line is repeated here so that `--help` imports none of them.
+COMMANDS = {
+    "config": ("megavideo.config.command:main", "Print the resolved configuration of a run."),
+}
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported on use (click's documented lazy-loading pattern)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function = COMMANDS[cmd_name][0].split(":")
+        return getattr(importlib.import_module(module), function)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="megavideo")
+def group() -> None:
+    """Pretrain CogVideo-style text-to-video transformers.
+
+    Start with `make demo`, which runs every step below on small data and prints each command.
+    Every command has its own --help with an example.
+    """
+
+
+def main() -> None:
+    """Run a subcommand; a user's mistake becomes one line on stderr and exit status 2."""
+    setup_logging()
+    try:
+        group(prog_name="megavideo")
+    except USER_ERRORS as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

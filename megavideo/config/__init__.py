@@ -1,0 +1,1 @@
+"""Typed configuration: read once from YAML files, frozen, passed on in parts."""

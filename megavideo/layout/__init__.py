@@ -1,0 +1,1 @@
+"""Where tokens sit and who sees whom, in integers only."""

@@ -1,0 +1,68 @@
+"""Logging and progress, aware of rank and terminal. Imports no torch."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("megavideo")
+
+PLAIN_INTERVAL_S = 10.0
+
+
+def rank() -> int:
+    """This process's rank as its launcher says it (torchrun sets RANK), 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Log to stderr; ranks other than 0 report warnings only, so that a message appears once."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = f"[rank {rank()}] " if "RANK" in os.environ else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(level if rank() == 0 else max(level, logging.WARNING))
+
+
+@contextmanager
+def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Yield `advance(count=1, note="")`: a bar on a terminal, a log line every ten seconds elsewhere."""
+    if sys.stderr.isatty() and rank() == 0:
+        with _bar(title, total) as advance:
+            yield advance
+    else:
+        yield _plain(title, total)
+
+
+@contextmanager
+def _bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, note="")
+        yield lambda count=1, note="": bar.update(task, advance=count, note=note)
+
+
+def _plain(title: str, total: int | None) -> Callable[..., None]:
+    done, reported = 0, time.monotonic()
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, reported
+        done += count
+        if time.monotonic() - reported >= PLAIN_INTERVAL_S:
+            reported = time.monotonic()
+            log.info("%s: %d%s %s", title, done, f"/{total}" if total else "", note)
+
+    return advance
