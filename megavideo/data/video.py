@@ -1,14 +1,15 @@
-"""Video files in and out, by PyAV: frames on a regular time grid, cut square, with bounded memory.
+"""Video files in and out, by PyAV: frames on a regular time grid, cut square, in bounded memory.
 
-A frame belongs to the grid time t = start + k / fps if it is the one on screen at t: the last frame whose
-presentation time stamp (pts) is at or before t. Frames are never counted, so a variable frame rate, a dropped
-frame or a stream that does not start at zero cannot shift what is read. Only frames that are kept are converted
-to RGB and resized: that is the expensive part (1-3 ms a frame), decoding is not.
+The frame of grid time t = start + k / fps is the one on screen at t: the last one whose
+presentation time stamp (pts) is at or before t. Frames are never counted, so a variable frame rate,
+a dropped frame or a stream that does not start at zero cannot shift what is read. Only frames that
+are kept are converted to RGB and resized: that is the expensive part (1-3 ms a frame).
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -18,17 +19,22 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from megavideo.files import atomic_path
 
 CODECS = ("libx264", "mpeg4")
+WRITABLE_SUFFIXES = (
+    ".mkv",
+    ".mov",
+    ".mp4",
+)  # not .avi: it stores no presentation times, which H.264 needs
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
-# A file is called truncated when it ends this much before the duration that its header declares. Real headers
-# are off by a frame or two, or by an audio track that is a little longer.
+# A file is called truncated when it ends this much before the duration that its header declares.
+# Real headers are off by a frame or two, or by an audio track that is a little longer.
 TRUNCATED_SECONDS = 0.5
 TRUNCATED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames, uint8 [n, H, W, 3] in RGB, `1 / fps` seconds apart; `duration_s` is that of the part read."""
+    """Decoded frames, uint8 [n, H, W, 3] in RGB, `1 / fps` seconds apart, `duration_s` in all."""
 
     frames: np.ndarray
     fps: float
@@ -49,16 +55,18 @@ def read_clip(
 def read_frames(
     path: Path | str, fps: float, size: int | None = None, max_seconds: float | None = None
 ) -> Iterator[np.ndarray]:
-    """Yield the frames of a video on a grid of `fps` frames a second, the first at the first frame's time.
+    """Yield the frames of a video on a grid of `fps` frames a second from its first frame on.
 
     Args:
         path: any file that ffmpeg reads.
         fps: frames per second of the grid; frames are repeated where the video is slower.
-        size: side in pixels: the short side is scaled to it, the long side cut in the middle. None keeps the size.
+        size: side in pixels: the short side is scaled to it, the long side cut in the middle.
+            None keeps the size.
         max_seconds: stop after this much of the video.
 
     Yields: uint8 [H, W, 3], RGB. At least one.
-    Raises: ValueError naming the path and the cause if the file is no video, is empty, damaged or truncated.
+    Raises: ValueError naming the path and the cause if the file is missing, is no video, is empty,
+        damaged or truncated.
     """
     if not fps > 0:
         raise ValueError(f"fps={fps} must be greater than 0")
@@ -79,15 +87,15 @@ class _Unreadable(Exception):
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
+    return (isinstance(error, av.error.FFmpegError) and error.strerror) or str(error)
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """A frame with the half-open interval of seconds, from the start of the stream, in which it is on screen.
+    """A frame and the seconds, counted from the first frame, between which it is on screen.
 
-    `slack` is half a tick of the container's clock: pts are rounded to ticks, so a frame meant for 1/6 s may
-    be stamped 0.167 s and still belongs to the grid time 1/6.
+    `slack` is half a tick of the container's clock: pts are rounded to ticks, so a frame meant for
+    1/6 s may be stamped 0.167 s and still belongs to the grid time 1/6.
     """
 
     frame: av.VideoFrame
@@ -101,9 +109,7 @@ def _timed_frames(container: av.container.InputContainer) -> Iterator[_Shown]:
     if not container.streams.video:
         raise _Unreadable("has no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = (
-        1  # files are the unit of parallelism: one process reads one file
-    )
+    stream.codec_context.thread_count = 1  # parallel work is over files, one a process
     clock = _Clock(stream)
     waiting: av.VideoFrame | None = None
     for frame in container.decode(stream):
@@ -113,17 +119,18 @@ def _timed_frames(container: av.container.InputContainer) -> Iterator[_Shown]:
     if waiting is None:
         raise _Unreadable("holds no decodable frame")
     last = clock.shown(waiting, until=None)
-    _check_whole(last.end, stream)
+    _check_whole(clock.offset + last.end, stream)
     yield last
 
 
 def _check_whole(end: Fraction, stream: av.VideoStream) -> None:
-    if stream.duration is None:  # not declared, as in some Matroska and all raw streams
-        return
+    """`end` is a time stamp, not a length: that is what Matroska declares, and MP4 starts at zero."""
+    if stream.duration is None or stream.time_base is None:
+        return  # nothing is declared, as in raw streams
     declared = stream.duration * stream.time_base
     if declared - end > max(TRUNCATED_SECONDS, declared * TRUNCATED_SHARE):
         raise _Unreadable(
-            f"is truncated or damaged: {float(end):.2f} s of the declared {float(declared):.2f} s decode"
+            f"is truncated or damaged: only {float(end):.2f} s of {float(declared):.2f} s decode"
         )
 
 
@@ -131,37 +138,42 @@ class _Clock:
     """Turns the pts of one stream into exact seconds since its first frame."""
 
     def __init__(self, stream: av.VideoStream):
-        self.stream = stream
-        self.first: int | None = None
+        assert stream.time_base is not None
+        self.tick = stream.time_base
+        rate = stream.average_rate
+        self.mean_length = 1 / rate if rate else Fraction(0)
+        self.first_pts: int | None = None
+
+    @property
+    def offset(self) -> Fraction:
+        """The first frame's time stamp in seconds."""
+        return (self.first_pts or 0) * self.tick
 
     def shown(self, frame: av.VideoFrame, until: av.VideoFrame | None) -> _Shown:
         start = self._seconds(frame)
         end = start + self._length(frame) if until is None else self._seconds(until)
         if end < start:
             raise _Unreadable(f"time stamps run backwards after {float(start):.2f} s")
-        return _Shown(frame, start, end, frame.time_base / 2)
+        return _Shown(frame, start, end, slack=self.tick / 2)
 
     def _seconds(self, frame: av.VideoFrame) -> Fraction:
         if frame.pts is None:
             raise _Unreadable(
-                "has a frame without a time stamp; remux it with `ffmpeg -i FILE -c copy NEW.mp4`"
+                "has a frame without a time stamp; convert it with `ffmpeg -i FILE NEW.mp4`"
             )
-        if self.first is None:
-            self.first = frame.pts
-        return (frame.pts - self.first) * frame.time_base
+        if self.first_pts is None:
+            self.first_pts = frame.pts
+        return (frame.pts - self.first_pts) * self.tick
 
     def _length(self, frame: av.VideoFrame) -> Fraction:
-        """Seconds that the last frame stays: what the file says, else one mean frame, else nothing."""
-        if frame.duration:
-            return frame.duration * frame.time_base
-        rate = self.stream.average_rate
-        return 1 / rate if rate else Fraction(0)
+        """Seconds that the last frame stays: as the file says, else a mean frame's."""
+        return frame.duration * self.tick if frame.duration else self.mean_length
 
 
 def _on_grid(
     shown: Iterable[_Shown], fps: Fraction, max_seconds: float | None
 ) -> Iterator[av.VideoFrame]:
-    """The frame on screen at 0, 1/fps, 2/fps, ...: some frames never, some more than once, the first always."""
+    """The frame on screen at 0, 1/fps, 2/fps, ...; the first frame is always among them."""
     limit = None if max_seconds is None else Fraction(max_seconds)
     kept = 0
     for item in shown:
@@ -175,7 +187,7 @@ def _on_grid(
 
 
 class _Converter:
-    """Decoded frame -> RGB array, upright, scaled and cut to size x size; remembers the last frame for repeats."""
+    """Decoded frame -> RGB array, upright, scaled and cut to size x size; repeats cost nothing."""
 
     def __init__(self, size: int | None):
         self.size = size
@@ -217,14 +229,19 @@ def _centre_crop(array: np.ndarray, size: int | None) -> np.ndarray:
 def write_video(
     path: Path | str, frames: Iterable[np.ndarray], fps: float, codec: str = "libx264"
 ) -> None:
-    """Encode uint8 RGB frames [H, W, 3] (H and W even) to `path`, which appears only when it is complete.
+    """Encode uint8 RGB frames [H, W, 3] (H and W even) to `path`, which appears only when complete.
 
     Args:
-        path: the suffix chooses the container (.mp4, .mkv, .avi, .mov).
-        codec: "libx264" (H.264) or "mpeg4" (MPEG-4 part 2); nothing else is tried if it is missing.
-    Raises: ValueError on an unknown codec or one that this PyAV lacks, an odd size, or no frame at all.
+        path: the suffix chooses the container: .mkv, .mov or .mp4.
+        codec: "libx264" (H.264) or "mpeg4" (MPEG-4 part 2); no other is tried if it is missing.
+    Raises: ValueError on another suffix, a codec that is unknown or not in this PyAV, an odd size,
+        or no frame.
     """
     path = Path(path)
+    if path.suffix not in WRITABLE_SUFFIXES:
+        raise ValueError(
+            f"video {path}: the name must end in one of {', '.join(WRITABLE_SUFFIXES)}"
+        )
     _check_codec(codec)
     frames = iter(frames)
     first = next(frames, None)
@@ -237,7 +254,7 @@ def write_video(
         )
     with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
         stream = _add_stream(container, codec, fps, width, height)
-        for array in _chain(first, frames):
+        for array in chain([first], frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode(None))
 
@@ -256,17 +273,12 @@ def _add_stream(
     container: av.container.OutputContainer, codec: str, fps: float, width: int, height: int
 ) -> av.VideoStream:
     stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+    assert isinstance(stream, av.VideoStream)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     stream.codec_context.thread_count = 1
     if codec == "libx264":
         stream.options = {"crf": "18", "preset": "veryfast"}
     else:
-        stream.codec_context.bit_rate = (
-            8 * width * height * max(1, round(fps)) // 2
-        )  # about 4 bits a pixel
+        # Two bits a pixel keep small clips of flat colours clean.
+        stream.codec_context.bit_rate = round(2 * width * height * fps)
     return stream
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
