@@ -11,7 +11,7 @@ import click
 from megavideo import __version__
 from megavideo.log import setup_logging
 
-# name -> (where it is, one line of help). The line is repeated here so that `--help` imports none of them.
+# name -> (where it is, one line of help: repeated here so that `--help` imports none of them).
 COMMANDS = {
     "config": ("megavideo.config.command:main", "Print the resolved configuration of a run."),
 }

@@ -18,7 +18,7 @@ def fsync_dir(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is fsynced and becomes `path`, on error it is removed.
+    """Yield a temporary path beside `path`; it becomes `path` on success and is removed on error.
 
     For writers that open the file themselves (safetensors, pyarrow, PyAV).
     """

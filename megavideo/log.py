@@ -29,7 +29,7 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 @contextmanager
 def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, note="")`: a bar on a terminal, a log line every ten seconds elsewhere."""
+    """Yield `advance(count=1, note="")`: a bar on a terminal, a line every ten seconds else."""
     if sys.stderr.isatty() and rank() == 0:
         with _bar(title, total) as advance:
             yield advance
@@ -40,8 +40,13 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
 @contextmanager
 def _bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

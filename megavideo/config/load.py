@@ -1,4 +1,4 @@
-"""From YAML files and `--set a.b=c` to one frozen `Config`, or to one error that says where and what to do."""
+"""From YAML files and `--set a.b=c` to one frozen `Config`, or to one error with its remedy."""
 
 import difflib
 import json

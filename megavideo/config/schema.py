@@ -1,7 +1,7 @@
 """Every setting of a run: its name, type, unit, default and meaning. Typed, frozen, strict.
 
-A configuration is composed from YAML files, one section or more each (see load.py); the shipped ones
-are under `configs/`. Impossible combinations are refused here, before anything starts.
+A configuration is composed from YAML files, one section or more each (see load.py); the shipped
+ones are under `configs/`. Impossible combinations are refused here, before anything starts.
 """
 
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Sizes of the transformer and of its vocabulary (cogvideo.md sections 1-3: see docs/model.md)."""
+    """Sizes of the transformer and of its vocabulary (see docs/model.md)."""
 
     hidden: Count = Field(description="width h of the residual stream")
     heads: Count = Field(description="attention heads n; each has hidden / heads units")
