@@ -124,7 +124,7 @@ def _timed_frames(container: av.container.InputContainer) -> Iterator[_Shown]:
 
 
 def _check_whole(end: Fraction, stream: av.VideoStream) -> None:
-    """`end` is a time stamp, not a length: that is what Matroska declares, and MP4 starts at zero."""
+    """`end` is a time stamp, not a length: Matroska declares that, and MP4 starts at zero."""
     if stream.duration is None or stream.time_base is None:
         return  # nothing is declared, as in raw streams
     declared = stream.duration * stream.time_base

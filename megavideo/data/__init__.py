@@ -1,0 +1,1 @@
+"""From video files and captions to batches of tokens."""
