@@ -208,15 +208,22 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """Where samples come from. The order is a function of recipe.seed and the position alone."""
 
-    train: str = Field(description="folder with shards and index of the training set")
+    train: str = Field(description="folder or URL with shards and index of the training set")
     validation: str | None = Field(None, description="the same, for evaluation on held-out clips")
     text_tokenizer: str = Field(description="sentencepiece model; its hash must match the shards'")
+    cache: str | None = Field(
+        None,
+        description="node-local folder of your own for shards fetched from a URL (they stay there) and "
+        "for the memory-mapped index; not needed for a folder that you may write to",
+    )
     window_shards: Count = Field(64, description="shards whose samples are mixed with each other")
     prefetch: Count = Field(64, description="samples read ahead")
     threads: Count = Field(2, description="reading threads")
     retries: Natural = Field(4, description="further tries after a transient read error")
     max_bad_share: Probability = Field(
-        1e-4, description="stop when more than this share of the samples was damaged"
+        1e-4,
+        description="stop when more than this share of the samples was damaged; judged once more than "
+        "max_bad_in_row were",
     )
     max_bad_in_row: Count = Field(16, description="stop after so many damaged samples in a row")
     allow_commands: bool = Field(

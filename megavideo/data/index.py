@@ -1,0 +1,298 @@
+"""The index of a folder of shards: where every sample is and what it must look like, in two Parquet
+files.
+
+`index.parquet` has a row a sample, `shards.parquet` a row a shard. They are for people and other
+programs too: rows may be removed from `index.parquet` (with pyarrow) to leave samples out. A
+process opens the numeric columns as one memory-mapped Arrow file, made once a node, so that all
+processes share its pages.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from megavideo.data.sample import stored_checksum
+from megavideo.data.shards import (
+    HashingReader,
+    Making,
+    Member,
+    read_members,
+    read_sidecar,
+)
+from megavideo.files import atomic_path
+
+INDEX_FILE = "index.parquet"
+SHARDS_FILE = "shards.parquet"
+VERSION = b"1"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),  # row number when the index was built
+        ("key", pa.string()),
+        ("shard", pa.uint32()),  # row of shards.parquet
+        ("offset", pa.int64()),  # of the record in the shard, bytes
+        ("size", pa.uint32()),  # of the record, bytes
+        ("crc32", pa.uint32()),  # the record's own
+        ("n_frames", pa.uint32()),
+        ("fps", pa.float64()),
+        ("duration_s", pa.float64()),  # n_frames / fps
+        ("n_text", pa.uint32()),  # token ids of the caption
+        ("caption_bytes", pa.uint32()),
+        ("caption_hash", pa.uint64()),  # xxh3_64 of the caption
+    ]
+)
+SHARDS_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("count", pa.int64()),
+        ("text_tokenizer", pa.string()),
+        ("image_tokenizer", pa.string()),
+        ("image_codes", pa.int64()),
+        ("side", pa.int64()),
+        ("fps", pa.float64()),
+    ]
+)
+# What training reads of every sample: 24 bytes.
+MAPPED = ["shard", "offset", "size", "crc32", "n_frames"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One row of shards.parquet; `making` is spread over its columns."""
+
+    file: str
+    bytes: int
+    sha256: str
+    count: int
+    making: Making
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """Where a sample's record is and what its header must say."""
+
+    shard: int
+    offset: int
+    size: int
+    crc32: int
+    n_frames: int
+
+
+class ClipIndex:
+    """An opened index; a sample is named by its row.
+
+    columns: read-only numpy views, [number of samples] each, in pages that all processes of a node
+        share.
+    fingerprint: changes with any sample, shard or tokenizer that training could notice.
+    """
+
+    def __init__(self, folder: Path, table: pa.Table, shards: list[ShardEntry], fingerprint: str):
+        self.folder = folder
+        self.shards = shards
+        self.fingerprint = fingerprint
+        self.columns = {name: table[name].chunk(0).to_numpy() for name in MAPPED}
+
+    def __len__(self) -> int:
+        return len(self.columns["shard"])
+
+    def __getitem__(self, sample: int) -> IndexRow:
+        return IndexRow(**{name: column[sample].item() for name, column in self.columns.items()})
+
+    @property
+    def making(self) -> Making:
+        """How all samples were made."""
+        return self.shards[0].making
+
+    def key(self, sample: int) -> str:
+        """The name of a sample; read from the Parquet file, for messages."""
+        return self._keys[sample].as_py()
+
+    @cached_property
+    def _keys(self) -> pa.ChunkedArray:
+        return _read_table(self.folder / INDEX_FILE, ["key"])["key"]
+
+
+# --- build -------------------------------------------------------------------
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The shards in `folder`, by name; ValueError if it holds none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise ValueError(
+            f"{folder} holds no .tar shard; make some with `megavideo tokenize-videos`"
+        )
+    return shards
+
+
+def scan_shard(path: Path, number: int) -> tuple[ShardEntry, pa.Table]:
+    """Read a whole shard: its entry, and a row a sample. ValueError if anything is damaged."""
+    sidecar = read_sidecar(path)
+    with open(path, "rb") as file:
+        hashed = HashingReader(file)
+        rows = [_row(member, number) for member in read_members(hashed, path)]
+    found = (hashed.hexdigest(), hashed.position, len(rows))
+    if found != (sidecar.sha256, sidecar.bytes, sidecar.count):
+        raise ValueError(
+            f"shard {path} is not the one that its .json describes: SHA-256 {found[0]}, {found[1]} "
+            f"bytes, {found[2]} samples, not {sidecar.sha256}, {sidecar.bytes}, {sidecar.count}"
+        )
+    entry = ShardEntry(path.name, sidecar.bytes, sidecar.sha256, sidecar.count, sidecar.making)
+    return entry, pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _row(member: Member, shard: int) -> dict[str, object]:
+    clip = member.clip
+    caption = clip.caption.encode()
+    return {
+        "id": 0,  # given when all shards are known
+        "key": member.key,
+        "shard": shard,
+        "offset": member.offset,
+        "size": member.size,
+        "crc32": stored_checksum(member.record),
+        "n_frames": len(clip.frames),
+        "fps": clip.fps,
+        "duration_s": len(clip.frames) / clip.fps,
+        "n_text": len(clip.text),
+        "caption_bytes": len(caption),
+        "caption_hash": xxhash.xxh3_64_intdigest(caption),
+    }
+
+
+def write_index(folder: Path, entries: Sequence[ShardEntry], tables: Sequence[pa.Table]) -> None:
+    """Write both files; the index, written last, names the digest of the shards' table that it
+    belongs to.
+
+    Raises: ValueError if the shards were not made alike.
+    """
+    for entry in entries:
+        if entry.making != entries[0].making:
+            raise ValueError(
+                f"{folder}: {entry.file} was made by {entry.making}, {entries[0].file} by "
+                f"{entries[0].making}; keep them in separate folders"
+            )
+    shards = pa.Table.from_pylist([_flat(entry) for entry in entries], SHARDS_SCHEMA)
+    _write_table(folder / SHARDS_FILE, shards, {})
+    index = pa.concat_tables(tables)
+    index = index.set_column(0, SCHEMA.field("id"), pa.array(np.arange(len(index))))
+    digest = file_digest(folder / SHARDS_FILE)
+    _write_table(folder / INDEX_FILE, index, {b"version": VERSION, b"shards": digest.encode()})
+
+
+def _flat(entry: ShardEntry) -> dict[str, object]:
+    row = asdict(entry)
+    return row | row.pop("making")
+
+
+def _write_table(path: Path, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
+    with atomic_path(path) as temporary:
+        pq.write_table(
+            table.replace_schema_metadata(metadata), temporary, compression="zstd",
+            write_page_checksum=True,
+        )  # fmt: skip
+
+
+# --- open --------------------------------------------------------------------
+
+
+def open_index(folder: Path, cache: Path | None = None) -> ClipIndex:
+    """Open the index in `folder`; the memory-mapped copy lies in `cache`, by default in `folder`
+    itself.
+
+    Raises: ValueError if there is no index, or it is damaged, half-written or empty.
+    """
+    index_file, shards_file = folder / INDEX_FILE, folder / SHARDS_FILE
+    for file in (index_file, shards_file):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}; run `megavideo build-index {folder}`")
+    index_digest, shards_digest = file_digest(index_file), file_digest(shards_file)
+    metadata = _metadata(index_file)
+    if metadata.get(b"version") != VERSION or metadata.get(b"shards") != shards_digest.encode():
+        raise ValueError(
+            f"{index_file} does not belong to {shards_file.name} beside it; "
+            f"run `megavideo build-index {folder}`"
+        )
+    table = _map_columns(index_file, index_digest, cache or folder)
+    if not len(table):
+        raise ValueError(f"{index_file} lists no sample")
+    if np.any(np.diff(table["shard"].to_numpy().astype(np.int64)) < 0):
+        raise ValueError(f"{index_file}: column shard must rise; sort the rows by (shard, offset)")
+    shards = read_shard_entries(folder)
+    fingerprint = xxhash.xxh3_128_hexdigest(f"{index_digest} {shards_digest}".encode())
+    return ClipIndex(folder, table, shards, fingerprint)
+
+
+def read_shard_entries(folder: Path) -> list[ShardEntry]:
+    """The rows of shards.parquet."""
+    entries = []
+    for row in _read_table(folder / SHARDS_FILE).to_pylist():
+        making = Making(**{name: row.pop(name) for name in Making.__dataclass_fields__})
+        entries.append(ShardEntry(making=making, **row))
+    return entries
+
+
+def read_index_table(folder: Path) -> pa.Table:
+    """All columns of index.parquet."""
+    return _read_table(folder / INDEX_FILE)
+
+
+def _map_columns(index_file: Path, digest: str, cache: Path) -> pa.Table:
+    """The columns of `MAPPED` as one record batch in a memory map, written there on first use.
+
+    Processes that meet here write the same bytes, and the last rename wins.
+    """
+    mapped = cache / f".index-{digest}.arrow"
+    if not mapped.exists():
+        table = _read_table(index_file, MAPPED).replace_schema_metadata().combine_chunks()
+        with (
+            atomic_path(mapped) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+    elif os.stat(mapped).st_uid not in (os.geteuid(), os.stat(index_file).st_uid):
+        raise ValueError(
+            f"{mapped} belongs to another user; set data.cache to a folder of your own"
+        )
+    return pa.ipc.open_file(pa.memory_map(str(mapped))).read_all()
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(
+            path, columns=columns, page_checksum_verification=True, partitioning=None
+        )
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; run `megavideo build-index {path.parent}`"
+        ) from error
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    try:
+        return pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; run `megavideo build-index {path.parent}`"
+        ) from error
+
+
+def file_digest(path: Path) -> str:
+    """xxh3_128 of a file."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
