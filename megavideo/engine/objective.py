@@ -1,0 +1,38 @@
+"""From a batch to the loss of each frame: what training minimises and evaluation reports."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megavideo.config.schema import ModelConfig, RecipeConfig
+from megavideo.layout.rules import loss_frames
+from megavideo.model.build import stage_grid
+from megavideo.model.head import frame_losses
+
+
+class Batch(Protocol):
+    """Samples: text int64 [B, T], text_length int64 [B], image int64 [B, F, N]."""
+
+    @property
+    def text(self) -> Tensor: ...
+    @property
+    def text_length(self) -> Tensor: ...
+    @property
+    def image(self) -> Tensor: ...
+
+
+class Objective:
+    """Cross-entropy of each frame that carries loss; the loss of a batch is their mean."""
+
+    def __init__(self, model: ModelConfig, recipe: RecipeConfig, device: torch.device):
+        self.frames = loss_frames(recipe.stage, stage_grid(model, recipe.stage).frames)
+        self._device = device
+
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
+        """Mean loss of each of `frames`, float32 [loss frames]."""
+        text, text_length, image = (
+            part.to(self._device, non_blocking=True)
+            for part in (batch.text, batch.text_length, batch.image)
+        )
+        return frame_losses(model((text, text_length, image)), image, self.frames)

@@ -1,0 +1,83 @@
+"""The processes of a run: joining them, and agreeing among them."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. Every one of them is a data-parallel rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all ranks, on the CPU."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; all get the same answer."""
+        return bool(self.total(torch.tensor(float(flag))) > 0)
+
+    def from_rank_zero(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 only and give its result to every rank.
+
+        Raises:
+            Whatever `function` raised, on rank 0; the others leave with exit status 2, so that a
+            user's mistake is told once.
+        """
+        outcome: list[tuple[bool, T | None]] = [(False, None)]
+        error = None
+        if self.rank == 0:
+            try:
+                outcome = [(True, function())]
+            except Exception as caught:  # raised below, once the other ranks know
+                error = caught
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if error is not None:
+            raise error
+        succeeded, result = outcome[0]
+        if not succeeded:
+            sys.exit(2)
+        return result  # type: ignore[return-value]
+
+
+def join_world(timeout_minutes: float) -> World:
+    """Join the processes that torchrun started, or be a world of one without it.
+
+    Args:
+        timeout_minutes: longest wait for another rank before a collective fails.
+    """
+    device = _device()
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        # Objects and CPU tensors travel over gloo, GPU tensors over NCCL.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
+            )
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
