@@ -14,6 +14,10 @@ from megavideo.log import setup_logging
 # name -> (where it is, one line of help: repeated here so that `--help` imports none of them).
 COMMANDS = {
     "config": ("megavideo.config.command:main", "Print the resolved configuration of a run."),
+    "verify-reference": (
+        "megavideo.verify.command:main",
+        "Compare the model with arrays that the published one computed.",
+    ),
 }
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)

@@ -99,7 +99,7 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
 
 def _explain_one(detail: Any, origin: Mapping[str, str]) -> str:
     path = ".".join(str(part) for part in detail["loc"])
-    place = f" ({origin[path]})" if path in origin else ""
+    place = next((f" ({origin[key]})" for key in origin if f"{key}.".startswith(f"{path}.")), "")
     if detail["type"] == "extra_forbidden":
         return f"unknown key {path}={detail['input']!r}{place}; {_nearest_key(path)}"
     if detail["type"] == "missing":

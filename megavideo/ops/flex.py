@@ -6,6 +6,7 @@ by the mask function, so every block that holds text counts as partly visible.
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,12 @@ def flex_local_attention(
     text_k, text_v = text_kv.permute(2, 0, 3, 1, 4)
     k, v = torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)
     mask = _for_batch(_layout_mask(rule, text_kv.shape[1], str(q.device)), rule, text_length)
-    attend = _compiled() if q.is_cuda else flex_attention
+    attend: Any = _compiled() if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=mask).transpose(1, 2).flatten(2)
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 

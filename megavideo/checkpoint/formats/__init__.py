@@ -1,0 +1,1 @@
+"""Readers of checkpoints that others wrote: each gives tensors under our canonical names."""

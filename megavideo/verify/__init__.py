@@ -1,0 +1,1 @@
+"""Our code against arrays that the published model computed."""

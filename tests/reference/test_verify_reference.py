@@ -1,0 +1,88 @@
+"""`megavideo verify-reference` passes on the published arrays and fails on a wrong model."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from megavideo.layout.rules import temporal_rule
+from megavideo.model import attention, block, build, layers
+from megavideo.verify.command import main
+from megavideo.verify.compare import compare
+
+VECTORS = Path(__file__).parent / "vectors"
+
+
+def verify(directory: Path) -> Result:
+    return CliRunner().invoke(main, [str(directory)], catch_exceptions=False)
+
+
+def test_every_published_array_is_reproduced() -> None:
+    result = verify(VECTORS)
+    assert result.exit_code == 0, result.output
+    assert ", 0 out of tolerance" in result.output
+    assert "no check for" not in result.output
+    for case in ("pub1", "pub3", "pub4", "pub_lr", "pub_ckpt_base"):
+        assert case in result.output
+
+
+@pytest.fixture
+def window_case(tmp_path: Path) -> Path:
+    for path in VECTORS.glob("pub3_*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def wrong_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    lerp = torch.lerp
+    monkeypatch.setattr(attention.torch, "lerp", lambda a, b, w: lerp(b, a, w))
+
+
+def wrong_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        build, "temporal_rule", lambda g, stage, w, layer: temporal_rule(g, stage, w, layer + 1)
+    )
+
+
+def wrong_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(layers.F, "gelu", lambda x, approximate: gelu(x))
+
+
+def wrong_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "layer_norm", lambda h, eps: torch.nn.LayerNorm(h, eps=1e-6))
+
+
+@pytest.mark.parametrize("mistake", [wrong_mixture, wrong_shift, wrong_gelu, wrong_norm])
+def test_a_wrong_model_is_found_out(
+    mistake: Callable[[pytest.MonkeyPatch], None],
+    window_case: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert verify(window_case).exit_code == 0
+    mistake(monkeypatch)
+    result = verify(window_case)
+    assert result.exit_code == 1
+    assert "MISS" in result.output
+
+
+def test_what_has_no_check_is_listed(window_case: Path) -> None:
+    np.savez(window_case / "strange.npz", x=np.zeros(3))
+    result = verify(window_case)
+    assert result.exit_code == 0
+    assert "no check for strange.npz" in result.output
+
+
+def test_a_folder_without_vectors_is_no_success(tmp_path: Path) -> None:
+    assert verify(tmp_path).exit_code == 1
+
+
+def test_nan_and_wrong_shapes_are_misses() -> None:
+    one = np.ones(3)
+    assert compare("case", "x", one, one, "float64").ok
+    assert not compare("case", "x", one * np.nan, one, "float64").ok
+    assert not compare("case", "x", one[:2], one, "float64").ok
