@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from megavideo.data.video import CODECS, read_clip, read_frames, write_video
+from megavideo.data.video import CODECS, read_clip, read_comment, read_frames, write_video
 
 SIZE = 32
 
@@ -45,6 +45,12 @@ def test_what_is_written_is_read_back(tmp_path: Path, codec: str) -> None:
     assert clip.frames.shape == (12, SIZE, SIZE, 3) and clip.frames.dtype == np.uint8
     assert clip.duration_s == 1.5
     assert [round(float(frame.mean()) / 20) * 20 for frame in clip.frames] == levels
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mov", "mp4"])
+def test_a_comment_is_found_again(tmp_path: Path, suffix: str) -> None:
+    write_video(tmp_path / f"clip.{suffix}", [grey(9)] * 3, 8, comment="seed=7, clip 12")
+    assert read_comment(tmp_path / f"clip.{suffix}") == "seed=7, clip 12"
 
 
 def test_a_lower_rate_keeps_every_second_frame_and_a_higher_one_repeats(tmp_path: Path) -> None:
