@@ -14,6 +14,27 @@ from megavideo.log import setup_logging
 # name -> (where it is, one line of help: repeated here so that `--help` imports none of them).
 COMMANDS = {
     "config": ("megavideo.config.command:main", "Print the resolved configuration of a run."),
+    "train": ("megavideo.train.command:main", "Train a model, or go on with a run."),
+    "evaluate": (
+        "megavideo.train.evaluate_command:main",
+        "Loss of a checkpoint on held-out clips, with right or with shuffled captions.",
+    ),
+    "tokenize-videos": (
+        "megavideo.data_tools.tokenize_videos:main",
+        "Decode captioned videos and write their tokens as shards.",
+    ),
+    "build-index": (
+        "megavideo.data_tools.build_index:main",
+        "List every sample of a folder of shards, for training.",
+    ),
+    "inspect-shards": (
+        "megavideo.data_tools.inspect_shards:main",
+        "Print samples of a folder of shards, and draw them.",
+    ),
+    "verify-shards": (
+        "megavideo.data_tools.verify_shards:main",
+        "Read and check every sample of a folder of shards.",
+    ),
     "verify-reference": (
         "megavideo.verify.command:main",
         "Compare the model with arrays that the published one computed.",

@@ -1,4 +1,4 @@
-"""Worlds of several processes for tests: no ports, a deadline, and the first failure's traceback."""
+"""Worlds of several processes for tests: no ports, a deadline, the first failure's traceback."""
 
 import os
 import tempfile

@@ -23,7 +23,7 @@ class TensorEntry:
 
 def tensor_entry(tensor: Tensor) -> TensorEntry:
     """Describe `tensor` (any device); the digest is XXH3-128 of its bytes in row-major order."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorEntry(dtype, tuple(tensor.shape), xxhash.xxh3_128_hexdigest(data))
 

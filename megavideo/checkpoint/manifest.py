@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: what it holds, checked against itself. Written last: it is the commit."""
+"""A checkpoint's manifest: what it holds, checked against itself. Written last, as the commit."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -1,5 +1,8 @@
 """`megavideo config`: print what a run would be configured with, or what every setting means."""
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 from pydantic import BaseModel
 
@@ -7,7 +10,7 @@ from megavideo.config.load import dump_config, load_config
 from megavideo.config.schema import Config
 
 
-def config_arguments(command: click.Command) -> click.Command:
+def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add FILES and --set, which every command that reads a configuration takes."""
     command = click.option(
         "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE",

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,12 +104,17 @@ class Engine:
         self._advance(applied)
         return self._result(losses, norm, rate, not applied, waited)
 
+    @property
+    def loss_frames(self) -> Sequence[int]:
+        """Numbers of the frames that carry loss."""
+        return self._objective.frames
+
     @contextmanager
-    def evaluating(self) -> Iterator["Engine"]:
-        """Without dropout and gradients."""
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout and gradients, until the next `train_batch`."""
         self._home.eval()
         with torch.no_grad():
-            yield self
+            yield
 
     def frame_losses(self, batch: Batch) -> Tensor:
         """This rank's mean loss of each loss-carrying frame, [loss frames]."""

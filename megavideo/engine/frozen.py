@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavideo.checkpoint.files import combined_digest, tensor_entry
+from megavideo.engine.errors import RunFailed
 from megavideo.engine.quiet import deepspeed
 from megavideo.engine.world import World
 
@@ -23,14 +24,14 @@ class FrozenWeights:
         """Hash them again, on each rank.
 
         Raises:
-            RuntimeError: on all ranks, if a tensor changed on any; it names the tensors.
+            RunFailed: on all ranks, if a tensor changed on any; it names the tensors.
         """
         changed = [n for n, tensor in self._whole() if tensor_entry(tensor) != self._entries[n]]
         everywhere: list[list[str]] = [[] for _ in range(self._world.size)]
         dist.all_gather_object(everywhere, changed)
         names = sorted({name for names in everywhere for name in names})
         if names:
-            raise RuntimeError(
+            raise RunFailed(
                 f"frozen weights changed during training: {', '.join(names)}. Nothing was saved; "
                 "the last checkpoint is intact. Look for code that writes to them, or for failing "
                 "memory"

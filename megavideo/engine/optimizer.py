@@ -36,7 +36,7 @@ def decays(name: str) -> bool:
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW (NVIDIA apex's where a GPU and apex are there, else torch's fused one), or plain SGD."""
+    """AdamW (NVIDIA apex's where GPU and apex are there, else torch's fused one), or plain SGD."""
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     fused_adam = _apex_adam() if device.type == "cuda" else None
@@ -48,7 +48,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _apex_adam() -> type[torch.optim.Optimizer] | None:
+def _apex_adam() -> Any:
     try:
         from apex.optimizers import FusedAdam
     except ImportError:  # also where `apex` is PyPI's package of that name, another program

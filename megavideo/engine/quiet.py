@@ -13,7 +13,7 @@ from megavideo.log import log
 os.environ.setdefault("LOCAL_RANK", "0")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402
+import deepspeed
 
 __all__ = ["deepspeed", "hush"]
 
@@ -23,7 +23,7 @@ def hush() -> None:
     chatter = logging.getLogger("DeepSpeed")
     chatter.handlers[:] = log.handlers
     chatter.setLevel(logging.WARNING)
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renames: a warning per ZeRO-3 step.
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 replaced: warnings at every step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     if not torch.cuda.is_available():
         # Its shared-memory all-reduce would be compiled by the first process group on a CPU.

@@ -21,7 +21,7 @@ def save_checkpoint(engine: Engine, config: Config, data: str) -> None:
         data: fingerprint of the training data.
 
     Raises:
-        RuntimeError: if a frozen weight changed; then nothing is written.
+        RunFailed: if a frozen weight changed; then nothing is written.
     """
     engine.frozen.check()
     tensors = {

@@ -60,12 +60,12 @@ class OptimizerState:
         }
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """Float32 weights in parameter shape, on rank 0, empty elsewhere. All ranks must call it."""
+        """Float32 weights in parameter shape, on rank 0, empty elsewhere. All ranks call it."""
         return self._gather(None)
 
     def gather_moments(self) -> dict[str, Tensor]:
         """`NAME.exp_avg` and the like in parameter shape, on rank 0; empty elsewhere."""
-        moments = {}
+        moments: dict[str, Tensor] = {}
         for key in self._moment_names():
             moments |= {f"{name}.{key}": t for name, t in self._gather(key).items()}
         return moments

@@ -54,6 +54,14 @@ class World:
             sys.exit(2)
         return result  # type: ignore[return-value]
 
+    def first_on_rank_zero(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0, then on the others: a mistake is told once, a cache is filled
+        once. Each rank gets its own result.
+        """
+        own: list[T] = []
+        self.from_rank_zero(lambda: own.append(function()))
+        return own[0] if own else function()
+
 
 def join_world(timeout_minutes: float) -> World:
     """Join the processes that torchrun started, or be a world of one without it.

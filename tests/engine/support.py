@@ -98,7 +98,7 @@ def micro_batches(
 
 
 class Golden:
-    """The same training in a plain loop of one process: whole batch, autograd, torch's optimizer."""
+    """The same training in a plain loop of one process: whole batch, torch's optimizer."""
 
     def __init__(self, config: Config):
         self.config = config

@@ -1,0 +1,142 @@
+"""`megavideo train`: start a run, or go on with it."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from megavideo.checkpoint.commit import checkpoints_of, list_checkpoints
+from megavideo.config.command import config_arguments
+from megavideo.config.deepspeed import accumulation_steps, check_world
+from megavideo.config.load import dump_config, load_config
+from megavideo.config.schema import Config
+from megavideo.data.batch import BatchStream, open_stream
+from megavideo.engine.build import build_engine
+from megavideo.engine.errors import RunFailed
+from megavideo.engine.weights import new_model
+from megavideo.engine.world import World, join_world
+from megavideo.files import atomic_write
+from megavideo.log import log, rank
+from megavideo.model.build import canonical_parameters, stage_grid
+from megavideo.model.flops import training_flops
+from megavideo.train.loop import Run, train
+from megavideo.train.record import Recorder
+
+
+@click.command()
+@config_arguments
+@click.option("--fresh", is_flag=True, help="Refuse to go on with a run that has a checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print layout, counts and batch arithmetic; exit.")
+def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_run: bool) -> None:
+    """Train a model, or go on with a run: run.directory's checkpoint is resumed if it has one.
+
+    A resumed run draws the samples that an unbroken one would have drawn. SIGTERM and Ctrl-C
+    finish the step, save, and exit with status 0. Metrics go to metrics.jsonl and tensorboard/ in
+    the run's folder. Several processes are started by torchrun; each is a data-parallel rank.
+
+    \b
+    Example:
+      torchrun --nproc-per-node 2 -m megavideo train configs/model/demo.yaml \\
+          configs/recipe/stage1.yaml configs/parallel/laptop.yaml configs/data/demo.yaml \\
+          --set recipe.base=runs/base --set recipe.steps=200 --set run.directory=runs/stage1
+    """
+    config = load_on_all_ranks(files, assignments)
+    if dry_run:
+        click.echo(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    world = join_world(config.run.timeout_minutes)
+    world.from_rank_zero(lambda: _prepare_folder(config, fresh))
+    try:
+        train(_open_run(config, world))
+    except RunFailed as error:
+        if world.rank:
+            sys.exit(1)  # rank 0 says the same
+        raise click.ClickException(str(error)) from None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def load_on_all_ranks(files: tuple[str, ...], assignments: tuple[str, ...]) -> Config:
+    """`load_config`, its errors told once: every rank reads the same files."""
+    try:
+        return load_config(files, assignments)
+    except (ValueError, FileNotFoundError):
+        if rank():
+            sys.exit(2)
+        raise
+
+
+def describe(config: Config, world_size: int) -> str:
+    """What a run would do, in words and numbers.
+
+    Raises:
+        ValueError: if the batch does not divide or the world has another size.
+    """
+    recipe, parallel = config.recipe, config.parallel
+    check_world(parallel, world_size)
+    accumulation = accumulation_steps(recipe, world_size)
+    parameters = canonical_parameters(new_model(config, torch.device("meta")))
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
+    flops = training_flops(config.model, recipe) * recipe.batch
+    grid = stage_grid(config.model, recipe.stage)
+    return "\n".join(
+        (
+            f"stage        {recipe.stage}, {grid.text} text slots and {grid.frames} frame(s) of "
+            f"{grid.side} x {grid.side} tokens: {grid.sequence} a sample",
+            f"parameters   {trainable:,} trainable, {frozen:,} frozen",
+            f"layout       {world_size} data-parallel rank(s), ZeRO {parallel.zero}, "
+            f"{recipe.precision}, recompute {parallel.recompute}",
+            f"batch        {recipe.batch} samples = {world_size} ranks x {accumulation} "
+            f"micro-batches x {recipe.micro_batch}",
+            f"steps        {recipe.steps:,}: {recipe.steps * recipe.batch:,} samples, "
+            f"{recipe.steps * recipe.batch * grid.sequence:,} tokens",
+            f"work         {flops / 1e12:,.3f} TFLOP a step, "
+            f"{flops * recipe.steps:.2e} FLOP in all",
+            f"checkpoints  {_saves(config)} in {checkpoints_of(Path(config.run.directory))}, "
+            f"the newest {config.run.keep_last} kept",
+        )
+    )
+
+
+def _saves(config: Config) -> int:
+    every = config.run.save_every
+    return math.ceil(config.recipe.steps / every) if every else 1
+
+
+def _prepare_folder(config: Config, fresh: bool) -> None:
+    run = Path(config.run.directory)
+    if fresh and list_checkpoints(run):
+        raise FileExistsError(
+            f"{run} has checkpoints, and --fresh goes on with none; choose another run.directory, "
+            "or move the folder away yourself"
+        )
+    with atomic_write(run / "config.yaml") as file:
+        file.write(dump_config(config).encode())
+
+
+def _open_run(config: Config, world: World) -> Run:
+    training = _open_stream(config, world, config.data.train)
+    validation = None
+    if config.run.evaluate_every and config.data.validation is not None:
+        validation = _open_stream(config, world, config.data.validation)
+    engine = build_engine(config, world, training.fingerprint)
+    step = engine.progress.step
+    if step >= config.recipe.steps:
+        log.info("nothing to do: step %d of recipe.steps=%d is done", step, config.recipe.steps)
+    recorder = Recorder(config, engine.loss_frames, world.rank, world.size, step)
+    return Run(config, engine, training, validation, recorder, saved_step=step)
+
+
+def _open_stream(config: Config, world: World, folder: str) -> BatchStream:
+    quarantine = Path(config.run.directory) / "quarantine.jsonl"
+    return world.first_on_rank_zero(
+        lambda: open_stream(config.data, config.model, config.recipe, folder, quarantine)
+    )
+
+
+if __name__ == "__main__":
+    main()

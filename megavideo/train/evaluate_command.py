@@ -1,0 +1,114 @@
+"""`megavideo evaluate`: the held-out loss of a checkpoint, with right or with shuffled captions."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+
+from megavideo.checkpoint.sources import find_checkpoint
+from megavideo.config.command import config_arguments
+from megavideo.config.schema import Config
+from megavideo.data.batch import BatchStream, open_stream
+from megavideo.engine.objective import Objective
+from megavideo.engine.weights import checkpoint_weights, new_model
+from megavideo.engine.world import World, join_world
+from megavideo.files import atomic_write
+from megavideo.model.build import canonical_parameters
+from megavideo.train.command import load_on_all_ranks
+from megavideo.train.evaluate import HeldOut, held_out_loss
+from megavideo.train.metrics import by_frame
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@click.command()
+@config_arguments
+@click.option(
+    "--checkpoint", required=True, type=click.Path(path_type=Path),
+    help="A checkpoint's folder, or a run's, of which the newest is taken.",
+)  # fmt: skip
+@click.option(
+    "--shuffle-captions", is_flag=True,
+    help="Give every sample another one's caption: a model that reads text gets worse.",
+)  # fmt: skip
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the result here.")
+def main(
+    files: tuple[str, ...],
+    assignments: tuple[str, ...],
+    checkpoint: Path,
+    shuffle_captions: bool,
+    output: Path | None,
+) -> None:
+    """Print the loss of a checkpoint on run.evaluate_samples samples of data.validation.
+
+    \b
+    Example:
+      megavideo evaluate runs/stage1/config.yaml --checkpoint runs/stage1 \\
+          --set data.validation=data/validation --shuffle-captions --json shuffled.json
+    """
+    config = load_on_all_ranks(files, assignments)
+    world = join_world(config.run.timeout_minutes)
+    folder = world.from_rank_zero(lambda: _find(checkpoint))
+    stream = world.first_on_rank_zero(lambda: _open_stream(config))
+    held_out, frames = evaluate_checkpoint(config, folder, stream, shuffle_captions, world)
+    result = {
+        "checkpoint": str(folder),
+        "captions": "shuffled" if shuffle_captions else "right",
+        "samples": held_out.samples,
+        "loss": held_out.loss,
+        **by_frame("loss", frames, held_out.frame_losses),
+    }
+    if world.rank == 0:
+        _report(result, output)
+    torch.distributed.destroy_process_group()
+
+
+def evaluate_checkpoint(
+    config: Config, checkpoint: Path, stream: BatchStream, shuffle_captions: bool, world: World
+) -> tuple[HeldOut, tuple[int, ...]]:
+    """Held-out loss of `checkpoint`, computed in recipe.precision, and its frames' numbers."""
+    model = _load_model(config, checkpoint, world.device)
+    objective = Objective(config.model, config.recipe, world.device)
+    batches = stream.held_out_batches(
+        config.run.evaluate_samples,
+        config.recipe.micro_batch,
+        world.rank,
+        world.size,
+        shuffle_captions,
+    )
+    with torch.no_grad():
+        return held_out_loss(partial(objective, model), batches, world), tuple(objective.frames)
+
+
+def _load_model(config: Config, checkpoint: Path, device: torch.device) -> nn.Module:
+    model = new_model(config, device)
+    checkpoint_weights(canonical_parameters(model), checkpoint)
+    return model.to(DTYPES[config.recipe.precision]).eval()
+
+
+def _find(path: Path) -> Path:
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} holds no checkpoint")
+    return checkpoint
+
+
+def _open_stream(config: Config) -> BatchStream:
+    if config.data.validation is None:
+        raise ValueError("data.validation is not set: name a folder of held-out shards")
+    return open_stream(config.data, config.model, config.recipe, config.data.validation)
+
+
+def _report(result: dict[str, str | int | float], output: Path | None) -> None:
+    for name, value in result.items():
+        click.echo(f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}")
+    if output is not None:
+        with atomic_write(output) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
