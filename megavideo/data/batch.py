@@ -6,6 +6,7 @@ A batch goes: position -> sample (order.py) -> record (stream.py) -> frame windo
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -152,13 +153,12 @@ class BatchStream:
             return visits, captions(visits)
 
         ahead = -(-self.prefetch // group_size)
-        pipeline = wds.DataPipeline(
-            lambda: iter(groups),
-            partial(read_ahead, read, threads=self.threads, ahead=ahead),
-            wds.map(self._make_batch),
-        )
-        with closing(iter(pipeline)) as batches:
-            yield from batches
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="reader") as pool:
+            pipeline = wds.DataPipeline(
+                lambda: read_ahead(pool, read, groups, ahead), wds.map(self._make_batch)
+            )
+            with closing(iter(pipeline)) as batches:
+                yield from batches
 
     def _make_batch(self, group: tuple[list[Visit], list[np.ndarray]]) -> Batch:
         visits, captions = group
@@ -235,7 +235,9 @@ def _open_data(data: DataConfig, folder: str) -> tuple[ClipIndex, ShardStore]:
     cache = Path(data.cache) if data.cache else None
     if isinstance(place, Path):
         index = open_index(place, cache)
-        return index, LocalShards(place, index.shards)
+        store = LocalShards(place, index.shards)
+        store.check_sizes()
+        return index, store
     if cache is None:
         raise ValueError(f"{folder} is a URL: set data.cache to a folder on a local disk")
     local = cache / xxhash.xxh3_64_hexdigest(place.encode())
@@ -258,7 +260,7 @@ def _check_fits(
         "image codes (model.image_codes)": (made.image_codes, model.image_codes),
         "padding id (model.pad)": (tokenizer.pad, model.pad),
         "line break id (model.newline)": (tokenizer.newline, model.newline),
-        "id after all text (model.begin_of_image)": (tokenizer.begin_of_image, model.begin_of_image),
+        "id after text (model.begin_of_image)": (tokenizer.begin_of_image, model.begin_of_image),
     }  # fmt: skip
     wrong = [f"{what}: {has}, not {wants}" for what, (has, wants) in pairs.items() if has != wants]
     if wrong:

@@ -8,9 +8,10 @@ processes share its pages.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,13 @@ from megavideo.data.shards import (
     read_sidecar,
 )
 from megavideo.files import atomic_path
+from megavideo.log import log
 
 INDEX_FILE = "index.parquet"
 SHARDS_FILE = "shards.parquet"
+MAP_NAME = ".index-{}.arrow"  # of the memory-mapped copy, by the index's digest
 VERSION = b"1"
+READ_BYTES = 1 << 20
 
 SCHEMA = pa.schema(
     [
@@ -136,29 +140,77 @@ def find_shards(folder: Path) -> list[Path]:
     return shards
 
 
-def scan_shard(path: Path, number: int) -> tuple[ShardEntry, pa.Table]:
-    """Read a whole shard: its entry, and a row a sample. ValueError if anything is damaged."""
+def build_index(folder: Path, threads: int, advance: Callable[[], None]) -> ClipIndex:
+    """Read every shard in `folder` and write its index; a shard whose SHA-256 is known is hashed,
+    not parsed.
+
+    Args:
+        advance: called after each shard.
+    Raises: ValueError naming the shard, and the byte if the tar is damaged there.
+    """
+    shards = find_shards(folder)
+    known = _known_tables(folder)
+    entries, tables = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for entry, table in pool.map(partial(scan_shard, known=known), shards):
+            entries.append(entry)
+            tables.append(table)
+            advance()
+    write_index(folder, entries, tables)
+    return open_index(folder)
+
+
+def scan_shard(path: Path, known: Mapping[str, pa.Table]) -> tuple[ShardEntry, pa.Table]:
+    """Read a whole shard: its entry, and a row a sample, from `known` (by SHA-256) if it is there.
+
+    Raises: ValueError if anything in the shard is damaged, or it is not what its sidecar describes.
+    """
     sidecar = read_sidecar(path)
+    table = known.get(sidecar.sha256)
     with open(path, "rb") as file:
         hashed = HashingReader(file)
-        rows = [_row(member, number) for member in read_members(hashed, path)]
-    found = (hashed.hexdigest(), hashed.position, len(rows))
+        if table is None:
+            table = _table(read_members(hashed, path))
+        while hashed.read(READ_BYTES):
+            pass
+    found = (hashed.hexdigest(), hashed.position, len(table))
     if found != (sidecar.sha256, sidecar.bytes, sidecar.count):
         raise ValueError(
             f"shard {path} is not the one that its .json describes: SHA-256 {found[0]}, {found[1]} "
             f"bytes, {found[2]} samples, not {sidecar.sha256}, {sidecar.bytes}, {sidecar.count}"
         )
     entry = ShardEntry(path.name, sidecar.bytes, sidecar.sha256, sidecar.count, sidecar.making)
-    return entry, pa.Table.from_pylist(rows, SCHEMA)
+    return entry, table
 
 
-def _row(member: Member, shard: int) -> dict[str, object]:
+def _known_tables(folder: Path) -> dict[str, pa.Table]:
+    """The rows of every whole shard in the index that is there already, by the shard's SHA-256."""
+    if not (folder / INDEX_FILE).is_file():
+        return {}
+    try:
+        shards, table = open_index(folder).shards, read_index_table(folder)
+    except ValueError as error:
+        log.warning("%s; it is built anew", error)
+        return {}
+    rows = np.searchsorted(table["shard"].to_numpy(), np.arange(len(shards) + 1))
+    return {
+        shard.sha256: table.slice(start, end - start)
+        for shard, start, end in zip(shards, rows, rows[1:], strict=False)
+        if end - start == shard.count  # rows may have been removed on purpose
+    }
+
+
+def _table(members: Iterable[Member]) -> pa.Table:
+    return pa.Table.from_pylist([_row(member) for member in members], SCHEMA)
+
+
+def _row(member: Member) -> dict[str, object]:
     clip = member.clip
     caption = clip.caption.encode()
     return {
-        "id": 0,  # given when all shards are known
+        "id": 0,  # this and the next are given when all shards are known
+        "shard": 0,
         "key": member.key,
-        "shard": shard,
         "offset": member.offset,
         "size": member.size,
         "crc32": stored_checksum(member.record),
@@ -185,10 +237,25 @@ def write_index(folder: Path, entries: Sequence[ShardEntry], tables: Sequence[pa
             )
     shards = pa.Table.from_pylist([_flat(entry) for entry in entries], SHARDS_SCHEMA)
     _write_table(folder / SHARDS_FILE, shards, {})
-    index = pa.concat_tables(tables)
-    index = index.set_column(0, SCHEMA.field("id"), pa.array(np.arange(len(index))))
+    index = pa.concat_tables(_numbered(tables))
     digest = file_digest(folder / SHARDS_FILE)
     _write_table(folder / INDEX_FILE, index, {b"version": VERSION, b"shards": digest.encode()})
+    for old in folder.glob(MAP_NAME.format("*")):
+        old.unlink()
+
+
+def _numbered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables with their columns `id` and `shard` filled in."""
+    first = 0
+    for number, table in enumerate(tables):
+        columns = {"id": np.arange(first, first + len(table)), "shard": np.full(len(table), number)}
+        for name, column in columns.items():
+            field = SCHEMA.field(name)
+            table = table.set_column(
+                SCHEMA.get_field_index(name), field, pa.array(column, field.type)
+            )
+        yield table.replace_schema_metadata()
+        first += len(table)
 
 
 def _flat(entry: ShardEntry) -> dict[str, object]:
@@ -253,7 +320,7 @@ def _map_columns(index_file: Path, digest: str, cache: Path) -> pa.Table:
 
     Processes that meet here write the same bytes, and the last rename wins.
     """
-    mapped = cache / f".index-{digest}.arrow"
+    mapped = cache / MAP_NAME.format(digest)
     if not mapped.exists():
         table = _read_table(index_file, MAPPED).replace_schema_metadata().combine_chunks()
         with (
@@ -293,6 +360,6 @@ def file_digest(path: Path) -> str:
     """xxh3_128 of a file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

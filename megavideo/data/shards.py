@@ -180,6 +180,12 @@ class HashingReader:
         return self._sha256.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_members(file: HashingReader, name: Path | str) -> Iterator[Member]:
     """Every sample of a tar in order, each checked; reads to the very end of the file.
 

@@ -101,24 +101,28 @@ def with_retries(work: Callable[[], Result], retries: int) -> Result:
 
 
 class LocalShards:
-    """Shards in a folder; ValueError if one is missing or has not the size that the index says."""
+    """Shards in a folder."""
 
     def __init__(self, folder: Path, entries: Sequence[ShardEntry]):
-        self.paths = [folder / entry.file for entry in entries]
+        self.folder = folder
+        self.entries = entries
+
+    def check_sizes(self) -> None:
+        """ValueError if a shard is missing or has not the size that the index says."""
         wrong = [
-            f"{path.name} ({_size(path)} bytes, not {entry.bytes})"
-            for path, entry in zip(self.paths, entries, strict=True)
-            if _size(path) != entry.bytes
+            f"{entry.file} ({size} bytes, not {entry.bytes})"
+            for entry in self.entries
+            if (size := _size(self.folder / entry.file)) != entry.bytes
         ]
         if wrong:
             raise ValueError(
-                f"{folder}: {len(wrong)} shards differ from the index: {', '.join(wrong[:5])}; "
-                f"restore them, or run `megavideo build-index {folder}` if they were changed on purpose"
+                f"{self.folder}: {len(wrong)} shards differ from the index, as {', '.join(wrong[:3])}; "
+                f"restore them, or if they are right run `megavideo build-index {self.folder}`"
             )
 
     def path(self, shard: int) -> Path:
         """The shard itself."""
-        return self.paths[shard]
+        return self.folder / self.entries[shard].file
 
     def renew(self, shard: int) -> None:
         """Nothing to do: there is no better copy."""

@@ -9,7 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -56,6 +56,17 @@ class Visit:
     def frames(self) -> np.ndarray:
         """uint16 [F, N]."""
         return self.window.cut(self.clip.frames)
+
+
+def read_clip(index: ClipIndex, reader: ShardReader, sample: int) -> TokenClip:
+    """The clip that row `sample` of the index points at; ValueError says how it is damaged."""
+    row = index[sample]
+    record = reader.read(row.shard, row.offset, row.size)
+    clip = unpack(record)
+    if stored_checksum(record) != row.crc32 or len(clip.frames) != row.n_frames:
+        raise ValueError("another record than the index says")
+    check_clip(clip, index.making)
+    return clip
 
 
 class SampleStream:
@@ -108,23 +119,12 @@ class SampleStream:
         self.reader.store.expect(self.order.shards_near(position))
 
     def _read(self, sample: int) -> TokenClip:
-        """Read and check a clip; once more, from a fresh copy, if it is damaged. ValueError says
-        how.
-        """
+        """Read a clip; once more, from a fresh copy, if it is damaged. ValueError says how."""
         try:
-            return self._read_once(sample)
+            return read_clip(self.index, self.reader, sample)
         except ValueError:
             self.reader.renew(self.index[sample].shard)
-            return self._read_once(sample)
-
-    def _read_once(self, sample: int) -> TokenClip:
-        row = self.index[sample]
-        record = self.reader.read(row.shard, row.offset, row.size)
-        clip = unpack(record)
-        if stored_checksum(record) != row.crc32 or len(clip.frames) != row.n_frames:
-            raise ValueError("another record than the index says")
-        check_clip(clip, self.index.making)
-        return clip
+            return read_clip(self.index, self.reader, sample)
 
     def _damage(self, position: int, sample: int, reason: str) -> Damage:
         row = self.index[sample]
@@ -188,15 +188,13 @@ class DamageLog:
 
 
 def read_ahead(
-    work: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """work(item) for every item, in order, computed by `threads` threads up to `ahead` items in
-    advance.
+    """work(item) for every item, in order, done by `pool` up to `ahead` items in advance.
 
-    Closing the iterator waits for the calls that run and stops the threads.
+    Closing the iterator cancels what has not begun.
     """
     waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
@@ -205,4 +203,5 @@ def read_ahead(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
