@@ -13,11 +13,17 @@ from megavideo.log import setup_logging
 
 # name -> (where it is, one line of help: repeated here so that `--help` imports none of them).
 COMMANDS = {
-    "config": ("megavideo.config.command:main", "Print the resolved configuration of a run."),
-    "train": ("megavideo.train.command:main", "Train a model, or go on with a run."),
-    "evaluate": (
-        "megavideo.train.evaluate_command:main",
-        "Loss of a checkpoint on held-out clips, with right or with shuffled captions.",
+    "render-clips": (
+        "megavideo.data_tools.render_clips:main",
+        "Render captioned clips of moving shapes as video files.",
+    ),
+    "train-text-tokenizer": (
+        "megavideo.data_tools.train_text_tokenizer:main",
+        "Train a sentencepiece tokenizer on captions.",
+    ),
+    "train-image-tokenizer": (
+        "megavideo.data_tools.train_image_tokenizer:main",
+        "Train a VQ-VAE that turns frames into tokens.",
     ),
     "tokenize-videos": (
         "megavideo.data_tools.tokenize_videos:main",
@@ -27,13 +33,29 @@ COMMANDS = {
         "megavideo.data_tools.build_index:main",
         "List every sample of a folder of shards, for training.",
     ),
+    "verify-shards": (
+        "megavideo.data_tools.verify_shards:main",
+        "Read and check every sample of a folder of shards.",
+    ),
     "inspect-shards": (
         "megavideo.data_tools.inspect_shards:main",
         "Print samples of a folder of shards, and draw them.",
     ),
-    "verify-shards": (
-        "megavideo.data_tools.verify_shards:main",
-        "Read and check every sample of a folder of shards.",
+    "config": (
+        "megavideo.config.command:main",
+        "Print the resolved configuration of a run.",
+    ),
+    "train": (
+        "megavideo.train.command:main",
+        "Train a model, or go on with a run.",
+    ),
+    "evaluate": (
+        "megavideo.train.evaluate_command:main",
+        "Loss on held-out clips, with right or shuffled captions.",
+    ),
+    "report": (
+        "megavideo.report.command:main",
+        "Loss curves, predicted frames and figures of runs.",
     ),
     "verify-reference": (
         "megavideo.verify.command:main",
