@@ -260,4 +260,9 @@ int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, voi
                           static_cast<cudaStream_t>(stream));
 }
 
+// What a status of `launch` means.
+inline const char* error_text(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+
 }  // namespace megavideo
