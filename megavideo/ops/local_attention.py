@@ -1,7 +1,8 @@
 """`local_attention`: the one entry to image attention, and the torch operator behind it.
 
-Operator `megavideo::local_attention` means what reference.py computes, on every device. On a GPU,
-without dropout, FlexAttention computes the same faster; which one a run uses is logged once.
+Operator `megavideo::local_attention` means what reference.py computes, on every device. Without
+dropout, FlexAttention (GPU) and SDPA per block (CPU) compute the same faster; which one a run uses
+is logged once.
 """
 
 from functools import lru_cache
@@ -12,6 +13,8 @@ from torch import Tensor
 from megavideo.layout.rules import Rule, decode_rule, encode_rule
 from megavideo.log import log
 from megavideo.ops import reference
+from megavideo.ops.flex import flex_local_attention
+from megavideo.ops.sdpa import sdpa_local_attention
 
 
 def local_attention(
@@ -34,19 +37,23 @@ def local_attention(
     """
     backend = _backend(image_qkv.device.type, image_qkv.dtype, dropout > 0)
     if backend == "flex":
-        from megavideo.ops.flex import flex_local_attention
-
         return flex_local_attention(image_qkv, text_kv, text_length, rule)
+    if backend == "sdpa":
+        return sdpa_local_attention(image_qkv, text_kv, text_length, rule)
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     return _operator(image_qkv, text_kv, text_length, encode_rule(rule), dropout, seed)[0]
 
 
 @lru_cache(maxsize=16)
 def _backend(device: str, dtype: torch.dtype, dropout: bool) -> str:
-    fast = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and not dropout
-    reason = "" if fast or device != "cuda" else ": FlexAttention needs 16-bit types, no dropout"
-    log.info("attention on %s (%s): %s%s", device, dtype, "flex" if fast else "reference", reason)
-    return "flex" if fast else "reference"
+    backend = "reference"
+    if not dropout and device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        backend = "flex"
+    elif not dropout and device == "cpu" and dtype == torch.float32:
+        backend = "sdpa"
+    noise = "with" if dropout else "without"
+    log.info("attention on %s, %s, %s dropout: %s", device, dtype, noise, backend)
+    return backend
 
 
 @torch.library.custom_op("megavideo::local_attention", mutates_args=())

@@ -36,7 +36,7 @@ def forward(
     lse = torch.empty(batch, heads, slots, dtype=_compute_dtype(image_qkv), device=out.device)
     for part in _parts(image_qkv, text_kv, text_length, rule, dropout, seed):
         lse[:, :, part.slots] = part.scores.logsumexp(-1)
-        probability = part.scores.softmax(-1) * part.kept
+        probability = part.drop(part.scores.softmax(-1))
         out[:, part.slots] = (probability @ part.v).transpose(1, 2).to(out.dtype)
     return out.flatten(2), lse
 
@@ -60,10 +60,9 @@ def backward(
     for part in _parts(image_qkv, text_kv, text_length, rule, dropout, seed):
         do = grad[:, part.slots].transpose(1, 2).to(lse.dtype)
         probability = (part.scores - lse[:, :, part.slots, None]).exp()
-        dropped = probability * part.kept
-        dp = (do @ part.v.transpose(-1, -2)) * part.kept
+        dp = part.drop(do @ part.v.transpose(-1, -2))
         ds = probability * (dp - (dp * probability).sum(-1, keepdim=True)) * scale
-        dk, dv = ds.transpose(-1, -2) @ part.q, dropped.transpose(-1, -2) @ do
+        dk, dv = ds.transpose(-1, -2) @ part.q, part.drop(probability).transpose(-1, -2) @ do
         grad_kv = torch.stack([dk, dv], dim=-2).transpose(1, 2).transpose(2, 3)
         grad_text += grad_kv[:, :text_slots]
         grad_image[:, part.slots, 1:] = grad_kv[:, text_slots:]
@@ -80,7 +79,11 @@ class _Part:
     k: Tensor
     v: Tensor
     scores: Tensor
-    kept: Tensor | float
+    kept: Tensor | None
+
+    def drop(self, probability: Tensor) -> Tensor:
+        """Zero what is dropped, scale up the rest; its own transpose, so backward uses it too."""
+        return probability if self.kept is None else probability * self.kept
 
 
 def _parts(
@@ -109,10 +112,10 @@ def _visible(block: Block, real_text: Tensor) -> Tensor:
     return torch.cat([text, image.expand(len(text), -1, -1)], 2)[:, None]
 
 
-def _kept(scores: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor | float:
+def _kept(scores: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor | None:
     """What probabilities are multiplied by: 0 where dropped, 1 / (1 - dropout) elsewhere."""
     if generator is None:
-        return 1.0
+        return None
     drawn = torch.rand(scores.shape, generator=generator, device=scores.device)
     return (drawn >= dropout).to(scores.dtype) / (1 - dropout)
 

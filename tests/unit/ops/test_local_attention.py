@@ -9,6 +9,7 @@ from megavideo.layout.render import dense_mask
 from megavideo.layout.rules import Rule, encode_rule, spatial_rule, temporal_rule, text_visible
 from megavideo.ops.flex import flex_local_attention
 from megavideo.ops.local_attention import local_attention
+from megavideo.ops.sdpa import sdpa_local_attention
 
 GRID = Grid(text=5, frames=3, side=4)
 RULES = {
@@ -57,6 +58,22 @@ def test_output_and_gradients_equal_a_dense_masked_softmax(rule: Rule) -> None:
         results.append((out.detach(), *grads))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_sdpa_per_block_computes_the_same_output_and_gradients(rule: Rule) -> None:
+    image, text, length = inputs()
+    weight = torch.randn(2, GRID.image_tokens, 21, dtype=torch.float64)
+    for ours, expected in zip(
+        *(
+            torch.autograd.grad((attend(image, text, length, rule) * weight).sum(), (image, text))
+            for attend in (sdpa_local_attention, dense_attention)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    out = sdpa_local_attention(image, text, length, rule)
+    torch.testing.assert_close(out, dense_attention(image, text, length, rule), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
