@@ -116,7 +116,7 @@ class LocalShards:
         ]
         if wrong:
             raise ValueError(
-                f"{self.folder}: {len(wrong)} shards differ from the index, as {', '.join(wrong[:3])}; "
+                f"{self.folder}: {len(wrong)} shards differ from the index: {', '.join(wrong[:3])}; "
                 f"restore them, or if they are right run `megavideo build-index {self.folder}`"
             )
 

@@ -77,7 +77,9 @@ class Tokenizers:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.image = ImageTokenizer.load(settings.image_tokenizer).to(settings.device)
+        image = ImageTokenizer.load(settings.image_tokenizer).to(settings.device)
+        # Narrow convolutions take a third less time on a CPU with channels last.
+        self.image = image.to(memory_format=torch.channels_last)
         self.text = TextTokenizer(settings.text_tokenizer, self.image.num_codes)
 
     @property
