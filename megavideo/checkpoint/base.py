@@ -26,11 +26,9 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
 
 
 def store_base(run: Path, tensors: Mapping[str, Tensor], digest: str) -> None:
-    """Write the base into the run's folder, unless it is there already."""
-    path = base_path(run, digest)
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            write_tensors(temporary, tensors)
+    """Write the base into the run's folder."""
+    with atomic_path(base_path(run, digest)) as temporary:
+        write_tensors(temporary, tensors)
 
 
 def load_base(run: Path, digest: str) -> dict[str, Tensor]:

@@ -4,18 +4,18 @@ from pathlib import Path
 
 from torch import nn
 
-from megavideo.checkpoint.base import store_base
+from megavideo.checkpoint.base import base_path, store_base
 from megavideo.checkpoint.commit import newest_whole
 from megavideo.checkpoint.files import read_tensors
 from megavideo.checkpoint.manifest import Manifest, Progress, read_manifest
-from megavideo.checkpoint.sources import OPTIMIZER, read_weights
+from megavideo.checkpoint.sources import OPTIMIZER, find_checkpoint, read_weights
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
     check_world,
     deepspeed_config,
 )
-from megavideo.config.schema import Config
+from megavideo.config.schema import Config, RecipeConfig
 from megavideo.engine.engine import Engine
 from megavideo.engine.frozen import FrozenWeights
 from megavideo.engine.objective import Objective
@@ -61,7 +61,9 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     )
     if checkpoint and manifest:
         _restore(engine, checkpoint, manifest)
-    _keep_base(engine, config)
+    else:
+        world.from_rank_zero(lambda: _check_same_base(engine, config.recipe))
+    _keep_base(engine, Path(config.run.directory))
     return engine
 
 
@@ -131,10 +133,33 @@ def _restore(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
     log.info("resumed %s at step %d", checkpoint, manifest.progress.step)
 
 
-def _keep_base(engine: Engine, config: Config) -> None:
+def _check_same_base(engine: Engine, recipe: RecipeConfig) -> None:
+    """Refuse to put a temporal channel over another base than it was trained over.
+
+    Digests of different precisions cannot be compared.
+    """
+    if recipe.start_from is None:
+        return
+    checkpoint = find_checkpoint(Path(recipe.start_from))
+    assert checkpoint is not None, "its weights were read before"
+    start = read_manifest(checkpoint)
+    if (
+        start.config["recipe"]["precision"] == recipe.precision
+        and start.base != engine.frozen.digest
+    ):
+        raise ValueError(
+            f"recipe.start_from={recipe.start_from} was trained over the frozen base {start.base}, "
+            f"but recipe.base={recipe.base} gives {engine.frozen.digest}; name the base that it was "
+            f"trained with, or the run itself: recipe.base={recipe.start_from}"
+        )
+
+
+def _keep_base(engine: Engine, run: Path) -> None:
+    """Store the frozen weights in the run's folder, unless an earlier start did."""
     digest = engine.frozen.digest
     if digest is None:
         return
     log.info("frozen weights: %s", digest)
-    tensors = engine.frozen.tensors()
-    engine.world.from_rank_zero(lambda: store_base(Path(config.run.directory), tensors, digest))
+    if not engine.world.from_rank_zero(base_path(run, digest).exists):
+        tensors = engine.frozen.gather()
+        engine.world.from_rank_zero(lambda: store_base(run, tensors, digest))

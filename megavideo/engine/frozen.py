@@ -37,9 +37,10 @@ class FrozenWeights:
                 "memory"
             )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them on the CPU. With ZeRO 3 every rank must call it."""
-        return {name: tensor.detach().cpu() for name, tensor in self._whole()}
+    def gather(self) -> dict[str, Tensor]:
+        """All of them on rank 0's CPU; empty elsewhere. All ranks call it."""
+        first = self._world.rank == 0
+        return {name: tensor.cpu() for name, tensor in self._whole() if first}
 
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter whole; ZeRO 3 gathers one at a time."""

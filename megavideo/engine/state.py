@@ -54,6 +54,7 @@ class OptimizerState:
     ):
         self._optimizer = optimizer
         self._device = device
+        self._cut_over_ranks = wrapper is not optimizer
         self._shapes = {name: full_shape(p) for name, p in parameters.items()}
         self._fragments = {
             name: _fragment(p, optimizer, wrapper) for name, p in sorted(parameters.items())
@@ -107,8 +108,9 @@ class OptimizerState:
         gathered = {}
         for name, fragment in self._fragments.items():
             whole = self._whole(name, fragment, key)
-            # As integers, the sum with zeros keeps every bit, the sign of -0.0 too.
-            dist.reduce(whole.view(torch.int32), dst=0)
+            if self._cut_over_ranks:
+                # As integers, the sum with zeros keeps every bit, the sign of -0.0 too.
+                dist.reduce(whole.view(torch.int32), dst=0)
             if dist.get_rank() == 0:
                 gathered[name] = whole.view(self._shapes[name]).cpu()
         return gathered

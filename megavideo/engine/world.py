@@ -72,8 +72,7 @@ def join_world(timeout_minutes: float) -> World:
     device = _device()
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        # Objects and CPU tensors travel over gloo, GPU tensors over NCCL.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:

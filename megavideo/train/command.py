@@ -55,8 +55,7 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
         if world.rank:
             sys.exit(1)  # rank 0 says the same
         raise click.ClickException(str(error)) from None
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def load_on_all_ranks(files: tuple[str, ...], assignments: tuple[str, ...]) -> Config:

@@ -12,7 +12,7 @@ from megavideo.config.schema import Config, ModelConfig
 from megavideo.engine.objective import Objective
 from megavideo.engine.schedule import learning_rate
 from megavideo.engine.weights import new_model, start_weights
-from megavideo.model.build import canonical_parameters
+from megavideo.model.build import canonical_parameters, stage_grid
 
 MODEL = ModelConfig(
     hidden=16,
@@ -73,27 +73,28 @@ def config(
     )
 
 
-def sample(position: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample(position: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
     """The sample at a global position: a function of nothing else."""
     generator = torch.Generator().manual_seed(position)
     text = torch.randint(25, 39, (MODEL.text_slots,), generator=generator)
     length = torch.randint(1, MODEL.text_slots + 1, (), generator=generator)
-    shape = (MODEL.frames, MODEL.grid.tokens_per_frame)
+    shape = (frames, MODEL.grid.tokens_per_frame)
     return text, length, torch.randint(0, MODEL.image_codes, shape, generator=generator)
 
 
-def batch_at(positions: range) -> MadeUpBatch:
+def batch_at(positions: range, frames: int = MODEL.frames) -> MadeUpBatch:
     """The samples at `positions` as one batch."""
-    return MadeUpBatch(*(torch.stack(part) for part in zip(*map(sample, positions), strict=True)))
+    samples = (sample(position, frames) for position in positions)
+    return MadeUpBatch(*(torch.stack(part) for part in zip(*samples, strict=True)))
 
 
 def micro_batches(
-    consumed: int, rank: int = 0, size: int = 1, micro_batch: int = 2
+    consumed: int, rank: int = 0, size: int = 1, micro_batch: int = 2, frames: int = MODEL.frames
 ) -> Iterator[MadeUpBatch]:
     """A rank's endless micro-batches, cut from the global order as the loader cuts it."""
     while True:
         start = consumed + rank * micro_batch
-        yield batch_at(range(start, start + micro_batch))
+        yield batch_at(range(start, start + micro_batch), frames)
         consumed += size * micro_batch
 
 
@@ -111,8 +112,8 @@ class Golden:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.config.recipe.optimizer
-        biases = [p for name, p in self.trained.items() if name.endswith(".bias")]
-        others = [p for name, p in self.trained.items() if not name.endswith(".bias")]
+        biases = [p for n, p in self.trained.items() if n.endswith((".bias", "norm.weight"))]
+        others = [p for n, p in self.trained.items() if not n.endswith((".bias", "norm.weight"))]
         groups = [{"params": others}, {"params": biases, "weight_decay": 0.0}]
         if settings.name == "sgd":
             return torch.optim.SGD(groups, weight_decay=settings.weight_decay)
@@ -123,7 +124,8 @@ class Golden:
     def step(self, number: int) -> tuple[float, float]:
         """Train on the `number`-th global batch; its loss and gradient norm."""
         recipe = self.config.recipe
-        batch = batch_at(range(number * recipe.batch, (number + 1) * recipe.batch))
+        frames = stage_grid(MODEL, recipe.stage).frames
+        batch = batch_at(range(number * recipe.batch, (number + 1) * recipe.batch), frames)
         loss = self.objective(self.model, batch).mean()
         loss.backward()
         clip = recipe.optimizer.clip or float("inf")

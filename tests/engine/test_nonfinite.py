@@ -1,0 +1,86 @@
+"""A loss or gradient that is not finite skips the step everywhere, and leaves no trace."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megavideo.engine.build import build_engine
+from megavideo.engine.engine import Engine
+from megavideo.engine.world import World, join_world
+from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.world import run_world
+
+HOMES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+
+
+class Poisoned:
+    """An objective that goes wrong in chosen calls."""
+
+    def __init__(self, objective: Any, calls: set[int], harm: float):
+        self.objective, self.calls, self.harm, self.call = objective, calls, harm, 0
+        self.frames = objective.frames
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        losses = self.objective(model, batch)
+        self.call += 1
+        # Added to the loss, infinity leaves its gradient finite: the loss alone must stop the step.
+        return losses + self.harm if self.call in self.calls else losses
+
+
+@pytest.mark.parametrize(("precision", "zero"), HOMES)
+def test_a_skipped_step_leaves_no_trace(
+    precision: str, zero: int, world: World, tmp_path: Path
+) -> None:
+    assert_leaves_no_trace(precision, zero, world, tmp_path, math.inf)
+
+
+@pytest.mark.slow
+def test_one_rank_makes_all_skip(tmp_path: Path) -> None:
+    run_world(_one_of_two, 2, tmp_path)
+
+
+def _one_of_two(rank: int, folder: Path) -> None:
+    world = join_world(timeout_minutes=1.0)
+    for precision, zero in HOMES:
+        harm = math.nan if rank == 1 else 0.0
+        assert_leaves_no_trace(precision, zero, world, folder / f"{precision}-{zero}", harm)
+
+
+def assert_leaves_no_trace(
+    precision: str, zero: int, world: World, folder: Path, harm: float
+) -> None:
+    """Step, step with harm in the second micro-batch, step: as if the second had not been."""
+    settings = config(folder / "a", {"precision": precision}, parallel={"zero": zero})
+    engine = build_engine(settings, world, FINGERPRINT)
+    steps = settings.recipe.batch // (settings.recipe.micro_batch * world.size)
+    engine._objective = Poisoned(engine._objective, {steps + 2}, harm)  # type: ignore[assignment]
+    batches = micro_batches(0, world.rank, world.size)
+    results = [engine.train_batch(batches) for _ in range(3)]
+    assert [result.skipped for result in results] == [False, True, False]
+    assert not math.isfinite(results[1].loss)
+    assert results[1].diverging
+    assert results[1].learning_rate == results[2].learning_rate
+    assert engine.progress.step == 3
+    assert engine.progress.updates == 2
+    assert engine.progress.consumed_samples == 24
+
+    healthy = config(folder / "b", {"precision": precision}, parallel={"zero": zero})
+    other = build_engine(healthy, world, FINGERPRINT)
+    other.train_batch(micro_batches(0, world.rank, world.size))
+    other.progress = replace(other.progress, step=2, consumed_samples=16)
+    other.train_batch(micro_batches(16, world.rank, world.size))
+    assert_same_state(engine, other)
+
+
+def assert_same_state(one: Engine, other: Engine) -> None:
+    """Weights and moments, bit for bit."""
+    for gather in ("gather_weights", "gather_moments"):
+        ours, theirs = getattr(one.state, gather)(), getattr(other.state, gather)()
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), name

@@ -1,0 +1,165 @@
+"""A resumed engine is the one that was saved, bit for bit, in this layout and in others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavideo.checkpoint.commit import list_checkpoints
+from megavideo.checkpoint.manifest import read_manifest
+from megavideo.engine.build import build_engine
+from megavideo.engine.errors import RunFailed
+from megavideo.engine.snapshot import save_checkpoint
+from megavideo.engine.world import World, join_world
+from megavideo.model.build import canonical_parameters
+from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.engine.test_nonfinite import HOMES, assert_same_state
+from tests.world import run_world
+
+DROPOUT = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
+
+
+@pytest.fixture
+def fp16_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed refuses fp16 on this CPU because it is slow; torch computes it all the same."""
+    from megavideo.engine.quiet import deepspeed
+
+    accelerator = type(deepspeed.get_accelerator())
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda self: True)
+
+
+@pytest.mark.usefixtures("fp16_allowed")
+@pytest.mark.parametrize(("precision", "zero"), [*HOMES, ("fp16", 1), ("fp16", 2), ("fp16", 3)])
+def test_a_resume_is_exact(precision: str, zero: int, world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path, {"precision": precision, **DROPOUT}, parallel={"zero": zero})
+    engine = build_engine(settings, world, FINGERPRINT)
+    for _ in range(2):
+        engine.train_batch(micro_batches(engine.progress.consumed_samples))
+    save_checkpoint(engine, settings, FINGERPRINT)
+    resumed = build_engine(settings, world, FINGERPRINT)
+    assert resumed.progress == engine.progress
+    assert_same_state(resumed, engine)
+    for _ in range(2):
+        expected = engine.train_batch(micro_batches(engine.progress.consumed_samples))
+        result = resumed.train_batch(micro_batches(resumed.progress.consumed_samples))
+        assert result.loss == expected.loss
+        assert result.grad_norm == expected.grad_norm
+        assert result.loss_scale == expected.loss_scale
+    assert_same_state(resumed, engine)
+
+
+def test_another_layout_goes_on_with_the_same_state(world: World, tmp_path: Path) -> None:
+    saved = config(tmp_path, parallel={"zero": 3})
+    engine = build_engine(saved, world, FINGERPRINT)
+    engine.train_batch(micro_batches(0))
+    save_checkpoint(engine, saved, FINGERPRINT)
+    for zero in (0, 1, 2):
+        other = build_engine(config(tmp_path, parallel={"zero": zero}), world, FINGERPRINT)
+        assert_same_state(other, engine)
+
+
+@pytest.mark.slow
+def test_two_ranks_save_what_one_resumes(world: World, tmp_path: Path) -> None:
+    run_world(_train_on_two, 2, tmp_path)
+    for zero in (0, 1, 2, 3):
+        run = tmp_path / f"zero{zero}"
+        engine = build_engine(config(run, parallel={"zero": 1}), world, FINGERPRINT)
+        assert engine.progress.updates == 2
+        expected = build_engine(config(tmp_path / f"one{zero}"), world, FINGERPRINT)
+        batches = micro_batches(0)
+        for _ in range(2):
+            expected.train_batch(batches)
+        weights = engine.state.gather_weights()
+        for name, tensor in expected.state.gather_weights().items():
+            assert torch.allclose(weights[name], tensor, atol=1e-5), name
+
+
+def _train_on_two(rank: int, folder: Path) -> None:
+    world = join_world(timeout_minutes=1.0)
+    for zero in (0, 1, 2, 3):
+        settings = config(folder / f"zero{zero}", parallel={"zero": zero})
+        engine = build_engine(settings, world, FINGERPRINT)
+        batches = micro_batches(0, rank, 2)
+        for _ in range(2):
+            engine.train_batch(batches)
+        save_checkpoint(engine, settings, FINGERPRINT)
+        resumed = build_engine(settings, world, FINGERPRINT)
+        assert_same_state(resumed, engine)
+        assert (
+            resumed.train_batch(micro_batches(16, rank, 2)).loss == engine.train_batch(batches).loss
+        )
+
+
+def test_other_data_or_another_stage_is_refused(world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    save_checkpoint(build_engine(settings, world, FINGERPRINT), settings, FINGERPRINT)
+    with pytest.raises(ValueError, match=r"other data.*another run\.directory"):
+        build_engine(settings, world, "other data")
+    with pytest.raises(ValueError, match=r"recipe\.stage=keyframes, not image"):
+        build_engine(config(tmp_path, {"stage": "image"}), world, FINGERPRINT)
+
+
+def test_a_changed_frozen_weight_is_caught_before_saving(world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    engine = build_engine(settings, world, FINGERPRINT)
+    save_checkpoint(engine, settings, FINGERPRINT)
+    engine.train_batch(micro_batches(0))
+    name = "layers.1.mlp.up.weight"
+    with torch.no_grad():
+        canonical_parameters(engine._home.module)[name].view(-1)[7] += 1e-3
+    with pytest.raises(RunFailed, match=f"changed during training: {name}"):
+        save_checkpoint(engine, settings, FINGERPRINT)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000000"]
+
+
+def test_stages_hand_over_base_and_temporal_channel(world: World, tmp_path: Path) -> None:
+    base, first, second = (tmp_path / name for name in ("base", "first", "second"))
+    image = config(base, {"stage": "image"})
+    engine = build_engine(image, world, FINGERPRINT)
+    engine.train_batch(micro_batches(0, frames=1))
+    save_checkpoint(engine, image, FINGERPRINT)
+    trained = engine.state.gather_weights()
+
+    keyframes = config(first, {"base": str(base)})
+    engine = build_engine(keyframes, world, FINGERPRINT)
+    frozen = engine.frozen.gather()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in frozen.items())
+    inherited = engine.state.gather_weights()["layers.0.attention.temporal.qkv.weight"]
+    assert torch.equal(inherited, trained["layers.0.attention.spatial.qkv.weight"])
+    engine.train_batch(micro_batches(0))
+    save_checkpoint(engine, keyframes, FINGERPRINT)
+
+    recipe = {"stage": "interpolation", "window": 2, "start_from": str(first)}
+    engine2 = build_engine(config(second, {**recipe, "base": str(first)}), world, FINGERPRINT)
+    assert engine2.frozen.digest == engine.frozen.digest
+    expected = engine.state.gather_weights()
+    assert all(torch.equal(t, expected[n]) for n, t in engine2.state.gather_weights().items())
+    with pytest.raises(ValueError, match=r"trained over the frozen base .* recipe\.base=None"):
+        build_engine(config(tmp_path / "third", recipe), world, FINGERPRINT)
+
+
+def test_a_checkpoint_that_does_not_fit_lists_what_is_wrong(world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path, {"stage": "image"})
+    save_checkpoint(build_engine(settings, world, FINGERPRINT), settings, FINGERPRINT)
+    wider = settings.model.model_copy(update={"hidden": 32, "layers": 1})
+    other = config(tmp_path / "b", {"base": str(tmp_path)}).model_copy(update={"model": wider})
+    with pytest.raises(ValueError) as caught:
+        build_engine(other, world, FINGERPRINT)
+    assert "unexpected layers.1.mlp.up.weight" in str(caught.value)
+    assert "embedding.word has shape [40, 16], this model needs [40, 32]" in str(caught.value)
+
+
+def test_the_manifest_says_where_the_run_stands(world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    engine = build_engine(settings, world, FINGERPRINT)
+    engine.train_batch(micro_batches(0))
+    save_checkpoint(engine, settings, FINGERPRINT)
+    manifest = read_manifest(list_checkpoints(tmp_path)[0])
+    assert manifest.progress.consumed_samples == 8
+    assert manifest.data == FINGERPRINT
+    assert manifest.base == engine.frozen.digest
+    assert manifest.config == settings.model_dump(mode="json")
+    trained = {
+        f"{n}.{key}" for n in engine.state.gather_weights() for key in ("exp_avg", "exp_avg_sq")
+    }
+    assert manifest.files["optimizer.safetensors"].keys() == trained
