@@ -50,7 +50,7 @@ class ShardReader:
     def __init__(self, store: ShardStore, retries: int):
         self.store = store
         self.retries = retries
-        self._open = lru_cache(maxsize=OPEN_FILES)(self._open_shard)
+        self._open = lru_cache(maxsize=OPEN_FILES)(lambda shard: _OpenFile(store.path(shard)))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes, fewer only where the file ends. OSError after the last try."""
@@ -60,9 +60,6 @@ class ShardReader:
         """Forget what is known about a shard that gave damaged bytes."""
         self.store.renew(shard)
         self._open.cache_clear()
-
-    def _open_shard(self, shard: int) -> "_OpenFile":
-        return _OpenFile(self.store.path(shard))
 
 
 class _OpenFile:
@@ -116,8 +113,8 @@ class LocalShards:
         ]
         if wrong:
             raise ValueError(
-                f"{self.folder}: {len(wrong)} shards differ from the index: {', '.join(wrong[:3])}; "
-                f"restore them, or if they are right run `megavideo build-index {self.folder}`"
+                f"{self.folder}: {len(wrong)} shards differ from the index: {', '.join(wrong[:3])}"
+                f"; restore them, or if they are right run `megavideo build-index {self.folder}`"
             )
 
     def path(self, shard: int) -> Path:

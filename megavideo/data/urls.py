@@ -14,8 +14,8 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import webdataset.gopen
 import webdataset.utils
+from webdataset.gopen import gopen, gopen_ais, gopen_error, gopen_gsutil, gopen_pipe, gopen_schemes
 
 # http(s) is read by Python. gs and ais run `gsutil` and `ais` with a list of arguments, without a
 # shell.
@@ -53,7 +53,7 @@ def resolve(address: str, allow_commands: bool = False) -> Path | str:
 def open_url(url: str, allow_commands: bool) -> BinaryIO:
     """Open a URL made from one that `resolve` has returned; reading it raises OSError."""
     lock_webdataset(allow_commands)
-    return webdataset.gopen.gopen(url)
+    return gopen(url)
 
 
 def lock_webdataset(allow_commands: bool) -> None:
@@ -61,15 +61,14 @@ def lock_webdataset(allow_commands: bool) -> None:
     for name in ENVIRONMENT:
         os.environ.pop(name, None)
     webdataset.utils.enforce_security = not allow_commands
-    library = webdataset.gopen
-    library.gopen_schemes.clear()
-    library.gopen_schemes.update(
-        __default__=library.gopen_error,
+    gopen_schemes.clear()
+    gopen_schemes.update(
+        __default__=gopen_error,
         http=_open_http,
         https=_open_http,
-        gs=library.gopen_gsutil,
-        ais=library.gopen_ais,
-        pipe=library.gopen_pipe,  # refuses under enforce_security
+        gs=gopen_gsutil,
+        ais=gopen_ais,
+        pipe=gopen_pipe,  # refuses under enforce_security
     )
 
 
