@@ -1,0 +1,421 @@
+// Interval attention, backward, in two passes that both recompute the probabilities from lse.
+//
+//   p = exp(s - lse), dp = do v^T, delta = sum over elements of do o, ds = p (dp - delta) / sqrt(D)
+//   dq = ds k, dk = ds^T q, dv = p^T do; with dropout dv takes the kept p, and dp of the dropped is 0
+//
+// First pass, by queries: delta (kept for the second pass) and dq; a block of four warps owns 64
+// queries and walks over key tiles as the forward kernel does. Second pass, by keys: dk and dv; a
+// block owns one tile of 64 keys, 16 to a warp, and walks over the queries that see it. It computes
+// S^T = K Q^T, because then P^T and dS^T feed the products for dV and dK straight from registers.
+// Seven products instead of the five of a single pass, but no float32 buffer of dQ, no atomics, no
+// conversion, and the same bits in each run.
+//
+// Napkin math, CogVideo's stage 1 as in interval_forward.cu: q, k, v, o, do, dq, dk, dv are 413 MB,
+// read and written once 135 us; products of both passes 92 GF (spatial, 116 us) to 367 GF (dense
+// causal, 465 us at 790 TFLOP/s). Text keys are seen by all V queries, image keys by at most as
+// many as their block has: text tiles are the longest blocks and go first. Where text needs no
+// gradient (the frozen channel) they are not launched.
+// Shared memory: 48 KiB (D = 64) and 96 KiB (128) by queries, 50 and 65 KiB by keys; two blocks on a
+// multiprocessor.
+#include <type_traits>
+
+#include "interval.cuh"
+
+namespace megavideo {
+namespace {
+
+// Scores become probabilities; rows are queries with the given log-sum-exp (in powers of two).
+template <int HeadSize, int N>
+__device__ __forceinline__ void probabilities_of_rows(float (&scores)[N][4],
+                                                      const float (&lse)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[n][i] = exp2_fast(scores[n][i] * (kScale<HeadSize> * kLog2e) - lse[i / 2]);
+    }
+  }
+}
+
+// ---- by queries ----
+
+template <int HeadSize>
+struct QueryShape {
+  static constexpr int kQueries = 16 * kWarps;
+  static constexpr int kTileBytes = kTile * HeadSize * 2;
+  static constexpr int kStageBytes = 2 * kTileBytes;
+  static constexpr int kSharedBytes = 2 * kTileBytes + 2 * kStageBytes;
+};
+
+// Sum over elements of a times b, for rows `group` and `group + 8` of two left operands.
+template <class Element, int HeadSize>
+__device__ __forceinline__ void dot_rows(float (&sum)[2], const LeftRows<HeadSize>& a,
+                                         const LeftRows<HeadSize>& b) {
+  sum[0] = sum[1] = 0.0f;
+#pragma unroll
+  for (int k = 0; k < HeadSize / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // Words 0 and 2 are of row `group`.
+      float a_low, a_high, b_low, b_high;
+      unpack<Element>(a.words[k][i], a_low, a_high);
+      unpack<Element>(b.words[k][i], b_low, b_high);
+      sum[i % 2] += a_low * b_low + a_high * b_high;
+    }
+  }
+  sum[0] = quad_sum(sum[0]);
+  sum[1] = quad_sum(sum[1]);
+}
+
+// Read lse of a lane's two queries, as a power of two, and write their delta.
+__device__ __forceinline__ void exchange_statistics(const Problem& p, int64_t offset,
+                                                    const PlacesFrom& slot_at, int row,
+                                                    const float (&delta)[2], float (&lse)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int slot = slot_at(row + 8 * half + lane_index() / 4);
+    lse[half] = slot >= 0 ? load_global(p.lse + offset + slot) * kLog2e : 0.0f;
+    if (slot >= 0 && lane_index() % 4 == 0) store_global(p.delta + offset + slot, delta[half]);
+  }
+}
+
+template <class Variant>
+__global__ void __launch_bounds__(kThreads, 2)
+    interval_backward_queries(const __grid_constant__ Problem p) {
+  using Element = typename Variant::Element;
+  constexpr int kHeadSize = Variant::kHeadSize;
+  using Shape = QueryShape<kHeadSize>;
+
+  const int head = blockIdx.y, sample = blockIdx.z;
+  const int first_query = (gridDim.x - 1 - blockIdx.x) * Shape::kQueries;  // Longest first.
+  const int warp_row = 16 * warp_index();
+  const Shared query_tile = shared_base();
+  const Shared grad_tile = query_tile + Shape::kTileBytes;
+  const Shared stages = grad_tile + Shape::kTileBytes;
+  const Shared out_tile = stages + Shape::kStageBytes;  // Until the second stage is needed.
+
+  const KeyTiles tiles(p, sample, first_query, Shape::kQueries);
+  const KeysAndValues<Element, kHeadSize> keys(p, sample, head);
+  const auto gather_step = [&](int step) {
+    const Shared stage = stages + step % 2 * Shape::kStageBytes;
+    keys.gather_tile(p, stage, stage + Shape::kTileBytes, tiles.is_text(step),
+                     tiles.first_key(step));
+    cp_async_commit();
+  };
+
+  const PlacesFrom slot_at(p, first_query);
+  const auto* out = static_cast<const Element*>(p.out);
+  const auto* grad_out = static_cast<const Element*>(p.grad_out);
+  gather<kHeadSize, Shape::kQueries>({query_tile, grad_tile, out_tile},
+                                     {query_rows<Element>(p, sample, head),
+                                      output_rows<kHeadSize>(p, grad_out, sample, head),
+                                      output_rows<kHeadSize>(p, out, sample, head)},
+                                     slot_at);
+  cp_async_commit();
+  gather_step(0);
+  cp_async_wait<1>();
+  sync_block();
+
+  LeftRows<kHeadSize> queries[1], grads[1], outs;
+  queries[0].load(query_tile, warp_row);
+  grads[0].load(grad_tile, warp_row);
+  outs.load(out_tile, warp_row);
+  float delta[2], lse[2];
+  dot_rows<Element>(delta, grads[0], outs);
+  exchange_statistics(p, statistics_offset(p, sample, head), slot_at, warp_row, delta, lse);
+
+  const Sight<1> sight(p, sample, first_query + warp_row);
+  const DropoutKey draw = dropout_key(p.seed, sample * p.heads + head);
+  float grad_queries[1][kHeadSize / 8][4];
+  set_zero(grad_queries);
+
+  for (int step = 0; step < tiles.count; ++step) {
+    cp_async_wait<0>();
+    sync_block();  // This step's tiles are there, and the last step's may be overwritten.
+    if (step + 1 < tiles.count) gather_step(step + 1);
+    const bool is_text = tiles.is_text(step);
+    const int first_key = tiles.first_key(step);
+    if (!sight.any(is_text, first_key)) continue;
+
+    const Shared stage = stages + step % 2 * Shape::kStageBytes;
+    float scores[1][kTile / 8][4], grad_scores[1][kTile / 8][4];
+    set_zero(scores);
+    multiply_rows<Element>(scores, queries, stage);
+    if (!sight.all(is_text, first_key)) sight.mask(scores, is_text, first_key);
+    probabilities_of_rows<kHeadSize>(scores[0], lse);
+    set_zero(grad_scores);
+    multiply_rows<Element>(grad_scores, grads, stage + Shape::kTileBytes);
+    if constexpr (Variant::kDropout) {
+      const float kept_factor = kept_scale(p);
+      visit_dropout<kTile / 8, false>(
+          draw, first_query + warp_row, dropout_column(p, is_text, first_key), p.dropout,
+          [&](int n, int i, bool kept) { grad_scores[0][n][i] *= kept ? kept_factor : 0.0f; });
+    }
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        grad_scores[0][n][i] = scores[0][n][i] * (grad_scores[0][n][i] - delta[i / 2]);
+      }
+    }
+    multiply_columns<Element, kHeadSize>(grad_queries, grad_scores, stage);
+  }
+
+  const float scale[2] = {kScale<kHeadSize>, kScale<kHeadSize>};
+  scale_rows(grad_queries[0], scale);
+  store_tile<Element, kHeadSize>(query_tile, warp_row, grad_queries[0]);  // Its own rows.
+  sync_warp();
+  scatter<kHeadSize, 16>(
+      query_tile, warp_row,
+      packed_rows<kHeadSize>(p, static_cast<Element*>(p.grad_image), p.image_slots, 3, 0, sample, head),
+      slot_at);
+}
+
+// ---- by keys ----
+
+template <int HeadSize>
+struct KeyShape {
+  static constexpr int kQueries = HeadSize == 64 ? 64 : 32;  // Per step; registers allow no more.
+  using Left = std::conditional_t<HeadSize == 64, LeftRows<HeadSize>, LeftRowsInTile<HeadSize>>;
+  static constexpr int kTileBytes = kTile * HeadSize * 2;
+  static constexpr int kQueryBytes = kQueries * HeadSize * 2;
+  // A stage: queries, gradients of their outputs, then a QueryFacts of each, field by field.
+  static constexpr int kLse = 2 * kQueryBytes;
+  static constexpr int kDelta = kLse + 4 * kQueries;
+  static constexpr int kRuns = kDelta + 4 * kQueries;
+  static constexpr int kStageBytes = kRuns + 8 * kQueries;
+  static constexpr int kSharedBytes = 2 * kTileBytes + 2 * kStageBytes;
+};
+
+// Which tile of keys a block owns. Text comes first in the grid; image tiles of one head follow
+// each other, so that they find its queries in L2.
+struct KeyBlock {
+  bool is_text;
+  int first_key, head, sample;
+
+  __device__ __forceinline__ explicit KeyBlock(const Problem& p) {
+    const int text_tiles = p.grad_text ? tiles_of(p.text_slots) : 0;
+    const int text_blocks = text_tiles * p.heads * p.batch;
+    is_text = static_cast<int>(blockIdx.x) < text_blocks;
+    const int block = is_text ? blockIdx.x : blockIdx.x - text_blocks;
+    const int tiles = is_text ? text_tiles : p.places / kTile;
+    first_key = block % tiles * kTile;
+    head = block / tiles % p.heads;
+    sample = block / tiles / p.heads;
+  }
+};
+
+// What the key pass needs of a query besides its rows.
+struct QueryFacts {
+  float lse = 0.0f, delta = 0.0f;  // lse as a power of two
+  int2 run;                        // the places that it sees
+
+  // Padding has rows of zeros: with these numbers its probabilities are 1 and its gradients 0.
+  __device__ __forceinline__ void load(const Problem& p, int64_t offset, int place) {
+    run = {load_global(p.begin + place), load_global(p.end + place)};
+    const int slot = load_global(p.slots + place);
+    lse = slot >= 0 ? load_global(p.lse + offset + slot) * kLog2e : 0.0f;
+    delta = slot >= 0 ? load_global(p.delta + offset + slot) : 0.0f;
+  }
+
+  template <class Shape>
+  __device__ __forceinline__ void store(Shared stage, int query) const {
+    store_shared(stage + Shape::kLse + 4 * query, lse);
+    store_shared(stage + Shape::kDelta + 4 * query, delta);
+    store_shared(stage + Shape::kRuns + 8 * query, run);
+  }
+};
+
+// In what follows, rows of an accumulator are a warp's 16 keys and columns the queries of a step.
+// A column's facts lie in shared memory; a lane has columns 8n + 2t and 8n + 2t + 1.
+__device__ __forceinline__ int lane_column(int n) { return 8 * n + 2 * (lane_index() % 4); }
+
+// Unsee the scores of what is not visible. A text key is seen by all queries or by none.
+template <int N>
+__device__ __forceinline__ void mask_keys(float (&scores)[N][4], int first_key, bool is_text,
+                                          Run text, Shared runs) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int4 seen = load_shared<int4>(runs + 8 * lane_column(n));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Run image = i % 2 ? Run{seen.z, seen.w} : Run{seen.x, seen.y};
+      const int key = first_key + 8 * (i / 2) + lane_index() / 4;
+      if (!choose(is_text, text, image).has(key)) scores[n][i] = kMasked;
+    }
+  }
+}
+
+template <int HeadSize, int N>
+__device__ __forceinline__ void probabilities_of_columns(float (&scores)[N][4], Shared lse) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 pair = load_shared<float2>(lse + 4 * lane_column(n));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float sum = i % 2 ? pair.y : pair.x;
+      scores[n][i] = exp2_fast(scores[n][i] * (kScale<HeadSize> * kLog2e) - sum);
+    }
+  }
+}
+
+// Gradients of probabilities become those of scores. A probability that dropout took comes in
+// negated and goes out as zero.
+template <bool Dropout, int N>
+__device__ __forceinline__ void score_gradients(float (&probabilities)[N][4], float (&grads)[N][4],
+                                                Shared delta) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 pair = load_shared<float2>(delta + 4 * lane_column(n));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& probability = probabilities[n][i];
+      grads[n][i] = fabsf(probability) * (grads[n][i] - (i % 2 ? pair.y : pair.x));
+      if constexpr (Dropout) probability = fmaxf(probability, 0.0f);
+    }
+  }
+}
+
+template <class Variant>
+__global__ void __launch_bounds__(kThreads, 2)
+    interval_backward_keys(const __grid_constant__ Problem p) {
+  using Element = typename Variant::Element;
+  constexpr int kHeadSize = Variant::kHeadSize;
+  using Shape = KeyShape<kHeadSize>;
+  constexpr int kQueries = Shape::kQueries;
+  constexpr int kStepsPerTile = kTile / kQueries;
+
+  const KeyBlock block(p);
+  const int warp_row = 16 * warp_index();
+  const int first_key = block.first_key + warp_row;
+  const int64_t statistics = statistics_offset(p, block.sample, block.head);
+  const Shared key_tile = shared_base();
+  const Shared value_tile = key_tile + Shape::kTileBytes;
+  const Shared stages = value_tile + Shape::kTileBytes;
+
+  const auto queries = query_rows<Element>(p, block.sample, block.head);
+  const auto grads = output_rows<kHeadSize>(p, static_cast<const Element*>(p.grad_out),
+                                            block.sample, block.head);
+  const bool has_facts = threadIdx.x < kQueries;  // One query's facts pass through each thread.
+  const auto stage_of = [&](int step) { return stages + step % 2 * Shape::kStageBytes; };
+  const auto gather_step = [&](int step, QueryFacts& facts) {
+    const int first = step * kQueries;
+    const Shared stage = stage_of(step);
+    gather<kHeadSize, kQueries>({stage, stage + Shape::kQueryBytes}, {queries, grads},
+                                PlacesFrom(p, first));
+    cp_async_commit();
+    if (has_facts) facts.load(p, statistics, first + threadIdx.x);
+  };
+  const auto store_facts = [&](int step, const QueryFacts& facts) {
+    if (has_facts) facts.template store<Shape>(stage_of(step), threadIdx.x);
+  };
+
+  const int32_t* seen_by = p.seen_by + 2 * (block.first_key / kTile);
+  const int first_step = block.is_text ? 0 : load_global(seen_by) * kStepsPerTile;
+  const int last_step =
+      (block.is_text ? p.places / kTile : load_global(seen_by + 1)) * kStepsPerTile;
+  QueryFacts facts;
+  KeysAndValues<Element, kHeadSize>(p, block.sample, block.head)
+      .gather_tile(p, key_tile, value_tile, block.is_text, block.first_key);
+  cp_async_commit();
+  gather_step(first_step, facts);
+  store_facts(first_step, facts);
+  cp_async_wait<1>();
+  sync_block();
+
+  typename Shape::Left keys[1], values[1];
+  keys[0].load(key_tile, warp_row);
+  values[0].load(value_tile, warp_row);
+  const Run text{text_padding(p, block.sample), p.text_slots};
+  const DropoutKey draw = dropout_key(p.seed, block.sample * p.heads + block.head);
+  float grad_keys[1][kHeadSize / 8][4], grad_values[1][kHeadSize / 8][4];
+  set_zero(grad_keys);
+  set_zero(grad_values);
+
+  for (int step = first_step; step < last_step; ++step) {
+    cp_async_wait<0>();
+    sync_block();  // This step's rows are there, and the last step's may be overwritten.
+    const Shared stage = stage_of(step);
+    const bool more = step + 1 < last_step;
+    if (more) gather_step(step + 1, facts);
+
+    const int4 bounds = load_global(reinterpret_cast<const int4*>(p.bounds) + step / kStepsPerTile);
+    const Run some = choose(block.is_text, text, {bounds.x, bounds.y});
+    const Run every = choose(block.is_text, text, {bounds.z, bounds.w});
+    if (some.meets(first_key, 16)) {
+      float scores[1][kQueries / 8][4], grad_scores[1][kQueries / 8][4];
+      set_zero(scores);
+      multiply_rows<Element>(scores, keys, stage);
+      if (!every.covers(first_key, 16)) {
+        mask_keys(scores[0], first_key, block.is_text, text, stage + Shape::kRuns);
+      }
+      probabilities_of_columns<kHeadSize>(scores[0], stage + Shape::kLse);
+      set_zero(grad_scores);
+      multiply_rows<Element>(grad_scores, values, stage + Shape::kQueryBytes);
+      if constexpr (Variant::kDropout) {
+        const float kept_factor = kept_scale(p);
+        visit_dropout<kQueries / 8, true>(
+            draw, step * kQueries, dropout_column(p, block.is_text, first_key), p.dropout,
+            [&](int n, int i, bool kept) {
+              if (!kept) scores[0][n][i] = -scores[0][n][i];
+              grad_scores[0][n][i] *= kept ? kept_factor : 0.0f;
+            });
+      }
+      score_gradients<Variant::kDropout>(scores[0], grad_scores[0], stage + Shape::kDelta);
+      multiply_columns<Element, kHeadSize>(grad_values, scores, stage + Shape::kQueryBytes);
+      multiply_columns<Element, kHeadSize>(grad_keys, grad_scores, stage);
+    }
+    if (more) store_facts(step + 1, facts);
+  }
+
+  const float key_scale[2] = {kScale<kHeadSize>, kScale<kHeadSize>};
+  const float value_scale[2] = {kept_scale(p), kept_scale(p)};
+  scale_rows(grad_keys[0], key_scale);
+  scale_rows(grad_values[0], value_scale);
+  sync_warp();  // For D = 128 the loop reads keys and values from these tiles.
+  store_tile<Element, kHeadSize>(key_tile, warp_row, grad_keys[0]);  // Its own rows.
+  store_tile<Element, kHeadSize>(value_tile, warp_row, grad_values[0]);
+  sync_warp();
+  const auto scatter_both = [&](void* to, int slots, int parts, const auto& slot_at) {
+    auto* base = static_cast<Element*>(to);
+    for (int part = 0; part < 2; ++part) {
+      scatter<kHeadSize, 16>(part ? value_tile : key_tile, warp_row,
+                             packed_rows<kHeadSize>(p, base, slots, parts, parts - 2 + part,
+                                                    block.sample, block.head),
+                             slot_at);
+    }
+  };
+  if (block.is_text) {
+    scatter_both(p.grad_text, p.text_slots, 2, TextFrom(p, block.first_key));
+  } else {
+    scatter_both(p.grad_image, p.image_slots, 3, PlacesFrom(p, block.first_key));
+  }
+}
+
+template <class Variant>
+int launch_by_queries(const Problem& p, void* stream) {
+  using Shape = QueryShape<Variant::kHeadSize>;
+  return launch(interval_backward_queries<Variant>,
+                dim3(p.places / Shape::kQueries, p.heads, p.batch), kThreads, Shape::kSharedBytes,
+                stream, p);
+}
+
+template <class Variant>
+int launch_by_keys(const Problem& p, void* stream) {
+  using Shape = KeyShape<Variant::kHeadSize>;
+  const int tiles = p.places / kTile + (p.grad_text ? tiles_of(p.text_slots) : 0);
+  return launch(interval_backward_keys<Variant>, dim3(tiles * p.heads * p.batch), kThreads,
+                Shape::kSharedBytes, stream, p);
+}
+
+}  // namespace
+}  // namespace megavideo
+
+extern "C" int megavideo_interval_backward(const MegavideoIntervalAttention* problem,
+                                           void* stream) {
+  using namespace megavideo;
+  return with_variant(*problem, [&](auto variant) {
+    using Variant = decltype(variant);
+    const int status = launch_by_queries<Variant>(*problem, stream);
+    return status ? status : launch_by_keys<Variant>(*problem, stream);
+  });
+}
