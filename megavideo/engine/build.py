@@ -149,8 +149,8 @@ def _check_same_base(engine: Engine, recipe: RecipeConfig) -> None:
     ):
         raise ValueError(
             f"recipe.start_from={recipe.start_from} was trained over the frozen base {start.base}, "
-            f"but recipe.base={recipe.base} gives {engine.frozen.digest}; name the base that it was "
-            f"trained with, or the run itself: recipe.base={recipe.start_from}"
+            f"but recipe.base={recipe.base} gives {engine.frozen.digest}; name the base that it "
+            f"was trained with, or the run itself: recipe.base={recipe.start_from}"
         )
 
 

@@ -43,7 +43,7 @@ class MadeUpBatch:
 
 
 def config(
-    run: Path,
+    folder: Path,
     recipe: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     parallel: dict[str, Any] | None = None,
@@ -67,7 +67,7 @@ def config(
             },
             "parallel": {"zero": 1, "reduce_bucket": 4096, **(parallel or {})},
             "data": {"train": "nowhere", "text_tokenizer": "nowhere"},
-            "run": {"directory": str(run)},
+            "run": {"directory": str(folder)},
             **sections,
         }
     )

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from megavideo.engine.build import build_engine
 from megavideo.engine.engine import Engine
-from megavideo.engine.world import World, join_world
+from megavideo.engine.world import World
 from tests.engine.support import FINGERPRINT, config, micro_batches
-from tests.world import run_world
 
 HOMES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
@@ -37,18 +36,6 @@ def test_a_skipped_step_leaves_no_trace(
     precision: str, zero: int, world: World, tmp_path: Path
 ) -> None:
     assert_leaves_no_trace(precision, zero, world, tmp_path, math.inf)
-
-
-@pytest.mark.slow
-def test_one_rank_makes_all_skip(tmp_path: Path) -> None:
-    run_world(_one_of_two, 2, tmp_path)
-
-
-def _one_of_two(rank: int, folder: Path) -> None:
-    world = join_world(timeout_minutes=1.0)
-    for precision, zero in HOMES:
-        harm = math.nan if rank == 1 else 0.0
-        assert_leaves_no_trace(precision, zero, world, folder / f"{precision}-{zero}", harm)
 
 
 def assert_leaves_no_trace(

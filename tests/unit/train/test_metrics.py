@@ -1,0 +1,78 @@
+"""Rows, speeds and held-out means."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavideo.engine.world import World
+from megavideo.train.evaluate import held_out_loss
+from megavideo.train.metrics import Metrics, read_rows
+from megavideo.train.speed import Speed, peak_tflops
+from megavideo.train.stop import stop_on_signals
+from tests.engine.support import batch_at, config
+
+
+def test_rows_of_steps_that_will_be_done_again_are_dropped(tmp_path: Path) -> None:
+    first = Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    second = Metrics(tmp_path, 2)
+    second.write(3, {"loss": 30.0})
+    second.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_mfu_is_left_out_where_the_peak_is_unknown(tmp_path: Path) -> None:
+    unknown = Speed(config(tmp_path), world_size=1).figures(8, 2.0)
+    assert "mfu" not in unknown
+    assert unknown["clips_per_s"] == 4
+    assert unknown["tokens_per_s"] == 4 * (4 + 3 * 4)
+    known = config(tmp_path, run={"directory": "x", "peak_tflops": 0.5})
+    assert peak_tflops(known) == 0.5
+    figures = Speed(known, world_size=2).figures(8, 2.0)
+    assert figures["mfu"] == pytest.approx(figures["tflops"] / (2 * 0.5))
+
+
+@pytest.fixture
+def alone() -> World:
+    """A world whose sums are its own values."""
+
+    class Alone(World):
+        def total(self, values: torch.Tensor) -> torch.Tensor:
+            return values
+
+    return Alone(0, 1, torch.device("cpu"))
+
+
+def test_every_held_out_sample_counts_once(alone: World) -> None:
+    def frame_losses(batch: object) -> torch.Tensor:
+        first = batch.text_length[0].item()  # type: ignore[attr-defined]
+        return torch.tensor([first, 10.0 * first])
+
+    def constant(length: int, count: int) -> tuple[object, int]:
+        batch = batch_at(range(max(count, 1)))
+        batch.text_length.fill_(length)
+        return batch, count
+
+    batches = [constant(1, 3), constant(2, 1), constant(4, 0)]
+    held_out = held_out_loss(frame_losses, batches, alone)  # type: ignore[arg-type]
+    assert held_out.samples == 4
+    assert held_out.frame_losses == (1.25, 12.5)
+    assert held_out.loss == pytest.approx((1.25 + 12.5) / 2)
+
+
+def test_the_first_signal_asks_and_the_second_acts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signals() as stop:
+        assert stop.signal_name is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
