@@ -13,6 +13,8 @@ from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.init import inherit, initialise
 from megavideo.model.trainable import is_trainable, mark_trainable
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def new_model(config: Config, device: torch.device) -> nn.Sequential:
     """The model on `device`, trainable parameters marked, values not set yet."""
@@ -43,6 +45,13 @@ def checkpoint_weights(parameters: Mapping[str, nn.Parameter], checkpoint: Path)
     """Set all weights to a checkpoint's: what it trained, and the frozen base that it refers to."""
     tensors = {**read_frozen(checkpoint), **read_weights(checkpoint)}
     load_tensors(parameters, tensors, str(checkpoint))
+
+
+def load_model(config: Config, checkpoint: Path, device: torch.device) -> nn.Sequential:
+    """A checkpoint's model for evaluation and generation: in recipe.precision, without dropout."""
+    model = new_model(config, device)
+    checkpoint_weights(canonical_parameters(model), checkpoint)
+    return model.to(DTYPES[config.recipe.precision]).eval()
 
 
 def load_tensors(

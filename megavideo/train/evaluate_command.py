@@ -6,22 +6,18 @@ from pathlib import Path
 
 import click
 import torch
-from torch import nn
 
 from megavideo.checkpoint.sources import find_checkpoint
 from megavideo.config.command import config_arguments
 from megavideo.config.schema import Config
 from megavideo.data.batch import BatchStream, open_stream
 from megavideo.engine.objective import Objective
-from megavideo.engine.weights import checkpoint_weights, new_model
+from megavideo.engine.weights import load_model
 from megavideo.engine.world import World, join_world
 from megavideo.files import atomic_write
-from megavideo.model.build import canonical_parameters
 from megavideo.train.command import load_on_all_ranks
 from megavideo.train.evaluate import HeldOut, held_out_loss
 from megavideo.train.metrics import by_frame
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @click.command()
@@ -70,7 +66,7 @@ def evaluate_checkpoint(
     config: Config, checkpoint: Path, stream: BatchStream, shuffle_captions: bool, world: World
 ) -> tuple[HeldOut, tuple[int, ...]]:
     """Held-out loss of `checkpoint`, computed in recipe.precision, and its frames' numbers."""
-    model = _load_model(config, checkpoint, world.device)
+    model = load_model(config, checkpoint, world.device)
     objective = Objective(config.model, config.recipe, world.device)
     batches = stream.held_out_batches(
         config.run.evaluate_samples,
@@ -81,12 +77,6 @@ def evaluate_checkpoint(
     )
     with torch.no_grad():
         return held_out_loss(partial(objective, model), batches, world), tuple(objective.frames)
-
-
-def _load_model(config: Config, checkpoint: Path, device: torch.device) -> nn.Module:
-    model = new_model(config, device)
-    checkpoint_weights(canonical_parameters(model), checkpoint)
-    return model.to(DTYPES[config.recipe.precision]).eval()
 
 
 def _find(path: Path) -> Path:
