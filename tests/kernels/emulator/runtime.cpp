@@ -475,6 +475,7 @@ uint16_t half_of_float(float value) {
   uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   float size = std::fabs(value);
   if (std::isnan(size)) return 0x7fff;
+  if (size == 0) return sign;  // frexp would call its exponent 0
   if (size >= 65520.0f) return sign | 0x7c00;
   int exponent;
   std::frexp(size, &exponent);            // size < 2^exponent
