@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megavideo.data.image_tokenizer import ImageTokenizer, frames_of
-from megavideo.data.index import ClipIndex, open_index
+from megavideo.data.index import ClipIndex, open_index, open_text_tokenizer
 from megavideo.data.pictures import contact_sheet
 from megavideo.data.sample import TokenClip
 from megavideo.data.source import LocalShards, ShardReader
@@ -24,6 +24,11 @@ from megavideo.files import atomic_path
     default=8,
     show_default=True,
     help="Samples to show, evenly spread.",
+)
+@click.option(
+    "--text-tokenizer",
+    type=click.Path(path_type=Path),
+    help="sentencepiece model that made the text; also print what the ids say.",
 )
 @click.option(
     "--image-tokenizer",
@@ -50,6 +55,7 @@ from megavideo.files import atomic_path
 def main(
     folder: Path,
     count: int,
+    text_tokenizer: Path | None,
     image_tokenizer: Path | None,
     png: Path | None,
     frames: int,
@@ -59,11 +65,13 @@ def main(
 
     \b
     Example:
-      megavideo inspect-shards tokens/train --image-tokenizer image.safetensors --png sheet.png
+      megavideo inspect-shards tokens/train --text-tokenizer text.model \\
+          --image-tokenizer image.safetensors --png sheet.png
     """
     if (png is None) != (image_tokenizer is None):
         raise click.UsageError("--png and --image-tokenizer need each other")
     index = open_index(folder)
+    tokenizer = open_text_tokenizer(text_tokenizer, index) if text_tokenizer else None
     samples = np.unique(np.linspace(0, len(index) - 1, count).round().astype(int)).tolist()
     store = LocalShards(folder, index.shards)
     store.check_sizes()
@@ -72,6 +80,8 @@ def main(
     click.echo(_summary(index))
     for sample, clip in zip(samples, clips, strict=True):
         click.echo(_describe(index, sample, clip))
+        if tokenizer:
+            click.echo(f"    reads as {tokenizer.decode(clip.text.tolist())!r}")
     click.echo(_code_use(clips, index.making.image_codes))
     if png is not None and image_tokenizer is not None:
         _draw(index, clips, image_tokenizer, png, frames, scale)

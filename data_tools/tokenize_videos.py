@@ -16,7 +16,7 @@ import click
 
 from megavideo.data.captions import read_captions
 from megavideo.data.sample import TokenClip
-from megavideo.data.shards import Making, Sidecar, sidecar_path, write_shard
+from megavideo.data.shards import Making, Sidecar, remove_shard, write_shard
 from megavideo.data.stream import read_ahead
 from megavideo.data.tokenizing import (
     Failure,
@@ -238,8 +238,7 @@ def _write(
     failed: list[dict[str, str]],
 ) -> Sidecar | None:
     """Write a shard from nothing; None if it would be empty."""
-    sidecar_path(plan.path).unlink(missing_ok=True)
-    plan.path.unlink(missing_ok=True)
+    remove_shard(plan.path)
     first = next(clips, None)
     if first is None:
         return None

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from megavideo.data.index import ClipIndex, open_index
-from megavideo.data.shards import file_sha256
+from megavideo.data.index import ClipIndex, open_index, open_text_tokenizer
+from megavideo.data.shards import file_sha256, list_shards
 from megavideo.data.source import LocalShards, ShardReader
 from megavideo.data.stream import read_clip
 from megavideo.data.text_tokenizer import TextTokenizer
@@ -36,7 +36,7 @@ def main(folders: tuple[Path, ...], text_tokenizer: Path | None) -> None:
     for folder in folders:
         started = time.monotonic()
         index = open_index(folder)
-        tokenizer = _tokenizer(text_tokenizer, index)
+        tokenizer = open_text_tokenizer(text_tokenizer, index) if text_tokenizer else None
         with progress(f"verifying {folder}", total=len(index)) as advance:
             found = list(_problems(index, tokenizer, advance))
         for problem in found:
@@ -51,24 +51,12 @@ def main(folders: tuple[Path, ...], text_tokenizer: Path | None) -> None:
         raise SystemExit(1)
 
 
-def _tokenizer(path: Path | None, index: ClipIndex) -> TextTokenizer | None:
-    if path is None:
-        return None
-    tokenizer = TextTokenizer(path, index.making.image_codes)
-    if tokenizer.digest != index.making.text_tokenizer:
-        raise ValueError(
-            f"{path} has digest {tokenizer.digest}; the text in {index.folder} was made by "
-            f"{index.making.text_tokenizer}"
-        )
-    return tokenizer
-
-
 def _problems(
     index: ClipIndex, tokenizer: TextTokenizer | None, advance: Callable[..., None]
 ) -> Iterator[str]:
     """A line for everything that is wrong."""
     listed = {shard.file for shard in index.shards}
-    for path in sorted(index.folder.glob("*.tar")):
+    for path in list_shards(index.folder):
         if path.name not in listed:
             yield f"{path}: is not in the index; run `megavideo build-index {index.folder}`"
     reader = ShardReader(LocalShards(index.folder, index.shards), retries=0)

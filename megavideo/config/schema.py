@@ -213,8 +213,8 @@ class DataConfig(Section):
     text_tokenizer: str = Field(description="sentencepiece model; its hash must match the shards'")
     cache: str | None = Field(
         None,
-        description="node-local folder of your own for shards fetched from a URL (they stay there) and "
-        "for the memory-mapped index; not needed for a folder that you may write to",
+        description="folder on a local disk for shards fetched from a URL, which stay there, and "
+        "for the memory-mapped index, which otherwise lies beside the index",
     )
     window_shards: Count = Field(64, description="shards whose samples are mixed with each other")
     prefetch: Count = Field(64, description="samples read ahead")
@@ -222,8 +222,8 @@ class DataConfig(Section):
     retries: Natural = Field(4, description="further tries after a transient read error")
     max_bad_share: Probability = Field(
         1e-4,
-        description="stop when more than this share of the samples was damaged; judged once more than "
-        "max_bad_in_row were",
+        description="stop when more than this share of the samples was damaged; judged once more "
+        "than max_bad_in_row were",
     )
     max_bad_in_row: Count = Field(16, description="stop after so many damaged samples in a row")
     allow_commands: bool = Field(

@@ -24,9 +24,11 @@ from megavideo.data.shards import (
     HashingReader,
     Making,
     Member,
+    list_shards,
     read_members,
     read_sidecar,
 )
+from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.files import atomic_path
 from megavideo.log import log
 
@@ -132,7 +134,7 @@ def find_shards(folder: Path) -> list[Path]:
     """The shards in `folder`, by name; ValueError if it holds none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    shards = sorted(folder.glob("*.tar"))
+    shards = list_shards(folder)
     if not shards:
         raise ValueError(
             f"{folder} holds no .tar shard; make some with `megavideo tokenize-videos`"
@@ -299,6 +301,17 @@ def open_index(folder: Path, cache: Path | None = None) -> ClipIndex:
     shards = read_shard_entries(folder)
     fingerprint = xxhash.xxh3_128_hexdigest(f"{index_digest} {shards_digest}".encode())
     return ClipIndex(folder, table, shards, fingerprint)
+
+
+def open_text_tokenizer(path: Path, index: ClipIndex) -> TextTokenizer:
+    """The tokenizer in `path`; ValueError if it is not the one that made the index's text."""
+    tokenizer = TextTokenizer(path, index.making.image_codes)
+    if tokenizer.digest != index.making.text_tokenizer:
+        raise ValueError(
+            f"{path} has digest {tokenizer.digest}; the text in {index.folder} was made by "
+            f"{index.making.text_tokenizer}"
+        )
+    return tokenizer
 
 
 def read_shard_entries(folder: Path) -> list[ShardEntry]:

@@ -75,6 +75,19 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def list_shards(folder: Path) -> list[Path]:
+    """The shards in `folder` by name, without what a killed writer has left."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def remove_shard(path: Path) -> None:
+    """Remove a shard, its sidecar and what a killed writer has left of it."""
+    sidecar_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.stem}.tmp-*"):
+        left.unlink()
+
+
 def write_shard(
     path: Path,
     clips: Iterable[tuple[str, TokenClip]],

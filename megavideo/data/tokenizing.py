@@ -19,7 +19,14 @@ import xxhash
 from megavideo.data.captions import Caption
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.sample import TokenClip
-from megavideo.data.shards import Making, Sidecar, file_sha256, read_sidecar, sidecar_path
+from megavideo.data.shards import (
+    Making,
+    Sidecar,
+    file_sha256,
+    list_shards,
+    read_sidecar,
+    sidecar_path,
+)
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.data.video import read_frames
 
@@ -78,8 +85,9 @@ class Tokenizers:
     def __init__(self, settings: Settings):
         self.settings = settings
         image = ImageTokenizer.load(settings.image_tokenizer).to(settings.device)
-        # Narrow convolutions take a third less time on a CPU with channels last.
-        self.image = image.to(memory_format=torch.channels_last)
+        # Narrow convolutions take a third less time on a CPU with channels last. (Torch's stub of
+        # Module.to leaves memory_format out.)
+        self.image = image.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text = TextTokenizer(settings.text_tokenizer, self.image.num_codes)
 
     @property
@@ -214,7 +222,7 @@ def check_no_strangers(plans: Sequence[ShardPlan]) -> None:
     """
     planned = {plan.path for plan in plans}
     for folder in {path.parent for path in planned}:
-        strangers = sorted(set(folder.glob("*.tar")) - planned)
+        strangers = [path for path in list_shards(folder) if path not in planned]
         if strangers:
             raise ValueError(
                 f"{strangers[0]} is not part of this job; delete it, or choose another folder"
