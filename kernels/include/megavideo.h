@@ -70,6 +70,48 @@ int megavideo_interval_forward(const MegavideoIntervalAttention *problem, void *
 /* Gradients are the same, bit by bit, from run to run. */
 int megavideo_interval_backward(const MegavideoIntervalAttention *problem, void *stream);
 
+/* A grid of keys, each the cell of equally many queries along each axis. A query sees the window
+ * around its cell as far as it exists; causal: up to its cell in raster order. */
+typedef struct {
+  int32_t rows, columns; /* K = rows * columns; they divide those of the queries */
+  int32_t window_rows, window_columns, causal; /* odd, odd, 0 or 1 */
+  const void *kv;                              /* [B, K, 2, H, D] */
+  MegavideoStrides strides;                    /* of kv */
+  void *grad_kv; /* [B, K, 2, H, D], contiguous, all of it written; NULL if not needed */
+} MegavideoKeyGrid;
+
+/* Attention of a grid of Q queries over one or two grids of keys and over T text slots, as far as
+ * they are real: one softmax over all that a query sees. */
+typedef struct {
+  int32_t element;
+  int32_t batch, heads, head_size; /* as above */
+  int32_t rows, columns;           /* Q = rows * columns; each of all grids at most 255 */
+  int32_t text_slots;              /* T, 0..2040; without text, text_length is not read */
+  int32_t num_grids;               /* 1 or 2 */
+  int32_t dropout;                 /* as above */
+  uint64_t seed;
+
+  const int64_t *text_length; /* [B], at least 1 */
+  const void *query;          /* [B, Q, H, D] */
+  MegavideoStrides query_strides;
+  const void *text_kv; /* [B, T, 2, H, D] */
+  MegavideoStrides text_strides;
+  MegavideoKeyGrid grids[2];
+  void *out;  /* [B, Q, H, D], contiguous: written forward, read backward */
+  float *lse; /* [B, H, Q]: likewise */
+
+  /* Only used backward. */
+  const void *grad_out; /* [B, Q, H, D], contiguous */
+  float *delta;         /* [B, H, Q], scratch */
+  void *grad_query;     /* [B, Q, H, D], contiguous, all of it written */
+  void *grad_text;      /* [B, T, 2, H, D], contiguous, all of it written; NULL if not needed */
+} MegavideoNeighbourhoodAttention;
+
+int megavideo_neighbourhood_forward(const MegavideoNeighbourhoodAttention *problem, void *stream);
+
+/* Gradients are the same, bit by bit, from run to run. */
+int megavideo_neighbourhood_backward(const MegavideoNeighbourhoodAttention *problem, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

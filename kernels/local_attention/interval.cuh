@@ -6,38 +6,17 @@
 // before the image's: since every query sees some text, running maxima are finite from then on.
 #pragma once
 
-#include "../include/megavideo.h"
-#include "fragments.cuh"
+#include "attention.cuh"
 
 namespace megavideo {
 
 using Problem = MegavideoIntervalAttention;
 
 constexpr int kTile = MEGAVIDEO_TILE;
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-
-template <int HeadSize>
-constexpr float kScale = HeadSize == 64 ? 0.125f : 0.08838834764831845f;  // HeadSize^-0.5
-
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
 
 __host__ __device__ inline int tiles_of(int slots) { return (slots + kTile - 1) / kTile; }
-
-// Where the rows of one head of one sample begin in a tensor, and how far apart they are.
-template <class Element>
-struct Rows {
-  Element* first;
-  int64_t stride;
-};
-
-template <class Element>
-__device__ __forceinline__ Rows<Element> rows_of(Element* base, const MegavideoStrides& strides,
-                                                 int part, int sample, int head) {
-  base += sample * strides.sample + part * strides.part + head * strides.head;
-  return {base, strides.slot};
-}
 
 // Rows of part `part` of a contiguous [B, slots, parts, H, D] tensor.
 template <int HeadSize, class Element>
@@ -85,43 +64,6 @@ struct TextFrom {
       : first(first), count(p.text_slots - first) {}
   __device__ __forceinline__ int operator()(int row) const { return row < count ? first + row : -1; }
 };
-
-// Start to gather `NumRows` rows of each of N tensors into a tile of its own: row i is slot_at(i), or
-// zeros where that is -1. A row of 64 elements is one 128-byte line, so no byte is read in vain.
-template <int HeadSize, int NumRows, int N, class Element, class SlotAt>
-__device__ __forceinline__ void gather(const Shared (&tiles)[N], const Rows<Element> (&from)[N],
-                                       const SlotAt& slot_at) {
-  constexpr int kChunks = HeadSize / 8;
-  const int chunk = threadIdx.x % kChunks;
-#pragma unroll
-  for (int i = 0; i < NumRows; i += kThreads / kChunks) {
-    const int row = i + threadIdx.x / kChunks;
-    const int slot = slot_at(row);
-    const bool real = slot >= 0;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const Element* source = from[n].first + (real ? slot : 0) * from[n].stride + 8 * chunk;
-      cp_async_16(row_address<HeadSize>(tiles[n], row, chunk), source, real);
-    }
-  }
-}
-
-// Copy `NumRows` rows of a tile, from row `first` on, to the slots of a tensor; by one warp, to
-// whose lanes the rows must be visible.
-template <int HeadSize, int NumRows, class Element, class SlotAt>
-__device__ __forceinline__ void scatter(Shared tile, int first, const Rows<Element>& to,
-                                        const SlotAt& slot_at) {
-  constexpr int kChunks = HeadSize / 8;
-  const int chunk = lane_index() % kChunks;
-#pragma unroll
-  for (int i = 0; i < NumRows; i += 32 / kChunks) {
-    const int row = first + i + lane_index() / kChunks;
-    const int slot = slot_at(row);
-    if (slot < 0) continue;
-    const uint4 words = load_shared<uint4>(row_address<HeadSize>(tile, row, chunk));
-    store_global(reinterpret_cast<uint4*>(to.first + slot * to.stride + 8 * chunk), words);
-  }
-}
 
 // Text slots that hold no real token; they are the first ones.
 __device__ __forceinline__ int text_padding(const Problem& p, int sample) {
@@ -286,20 +228,7 @@ __device__ __forceinline__ void visit_dropout(DropoutKey draw, int query, int ke
   }
 }
 
-// What a kept probability is multiplied by.
-__device__ __forceinline__ float kept_scale(const Problem& p) {
-  return 256.0f / (256 - p.dropout);
-}
-
 // ---- host ----
-
-// Template arguments as a value.
-template <class Element_, int HeadSize_, bool Dropout_>
-struct Variant {
-  using Element = Element_;
-  static constexpr int kHeadSize = HeadSize_;
-  static constexpr bool kDropout = Dropout_;
-};
 
 inline bool is_supported(const Problem& p) {
   constexpr int kMost = 65472;  // Dropout numbers queries and keys with 16 bits.
@@ -307,28 +236,7 @@ inline bool is_supported(const Problem& p) {
   const bool grid = p.batch <= 65535 && p.heads <= 65535;
   const bool places = p.places >= p.image_slots && p.places % kTile == 0;
   const bool numbers = p.places <= kMost && p.text_slots <= kMost - p.places;
-  const bool element = p.element == MEGAVIDEO_BFLOAT16 || p.element == MEGAVIDEO_FLOAT16;
-  const bool head_size = p.head_size == 64 || p.head_size == 128;
-  const bool dropout = 0 <= p.dropout && p.dropout < 256;
-  return sizes && grid && places && numbers && element && head_size && dropout;
-}
-
-template <class Element, int HeadSize, class Run>
-int with_dropout(const Problem& p, const Run& run) {
-  return p.dropout ? run(Variant<Element, HeadSize, true>()) : run(Variant<Element, HeadSize, false>());
-}
-
-template <class Element, class Run>
-int with_head_size(const Problem& p, const Run& run) {
-  return p.head_size == 64 ? with_dropout<Element, 64>(p, run) : with_dropout<Element, 128>(p, run);
-}
-
-// Returns run(Variant) for the variant that serves `p`.
-template <class Run>
-int with_variant(const Problem& p, const Run& run) {
-  if (!is_supported(p)) return MEGAVIDEO_INVALID;
-  return p.element == MEGAVIDEO_BFLOAT16 ? with_head_size<Bfloat16>(p, run)
-                                         : with_head_size<Float16>(p, run);
+  return has_variant(p) && sizes && grid && places && numbers;
 }
 
 }  // namespace megavideo

@@ -47,25 +47,6 @@ struct QueryShape {
   static constexpr int kSharedBytes = 2 * kTileBytes + 2 * kStageBytes;
 };
 
-// Sum over elements of a times b, for rows `group` and `group + 8` of two left operands.
-template <class Element, int HeadSize>
-__device__ __forceinline__ void dot_rows(float (&sum)[2], const LeftRows<HeadSize>& a,
-                                         const LeftRows<HeadSize>& b) {
-  sum[0] = sum[1] = 0.0f;
-#pragma unroll
-  for (int k = 0; k < HeadSize / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // Words 0 and 2 are of row `group`.
-      float a_low, a_high, b_low, b_high;
-      unpack<Element>(a.words[k][i], a_low, a_high);
-      unpack<Element>(b.words[k][i], b_low, b_high);
-      sum[i % 2] += a_low * b_low + a_high * b_high;
-    }
-  }
-  sum[0] = quad_sum(sum[0]);
-  sum[1] = quad_sum(sum[1]);
-}
-
 // Read lse of a lane's two queries, as a power of two, and write their delta.
 __device__ __forceinline__ void exchange_statistics(const Problem& p, int64_t offset,
                                                     const PlacesFrom& slot_at, int row,
@@ -145,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     set_zero(grad_scores);
     multiply_rows<Element>(grad_scores, grads, stage + Shape::kTileBytes);
     if constexpr (Variant::kDropout) {
-      const float kept_factor = kept_scale(p);
+      const float kept_factor = kept_scale(p.dropout);
       visit_dropout<kTile / 8, false>(
           draw, first_query + warp_row, dropout_column(p, is_text, first_key), p.dropout,
           [&](int n, int i, bool kept) { grad_scores[0][n][i] *= kept ? kept_factor : 0.0f; });
@@ -352,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       set_zero(grad_scores);
       multiply_rows<Element>(grad_scores, values, stage + Shape::kQueryBytes);
       if constexpr (Variant::kDropout) {
-        const float kept_factor = kept_scale(p);
+        const float kept_factor = kept_scale(p.dropout);
         visit_dropout<kQueries / 8, true>(
             draw, step * kQueries, dropout_column(p, block.is_text, first_key), p.dropout,
             [&](int n, int i, bool kept) {
@@ -368,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   const float key_scale[2] = {kScale<kHeadSize>, kScale<kHeadSize>};
-  const float value_scale[2] = {kept_scale(p), kept_scale(p)};
+  const float value_scale[2] = {kept_scale(p.dropout), kept_scale(p.dropout)};
   scale_rows(grad_keys[0], key_scale);
   scale_rows(grad_values[0], value_scale);
   sync_warp();  // For D = 128 the loop reads keys and values from these tiles.
@@ -413,6 +394,7 @@ int launch_by_keys(const Problem& p, void* stream) {
 extern "C" int megavideo_interval_backward(const MegavideoIntervalAttention* problem,
                                            void* stream) {
   using namespace megavideo;
+  if (!is_supported(*problem)) return MEGAVIDEO_INVALID;
   return with_variant(*problem, [&](auto variant) {
     using Variant = decltype(variant);
     const int status = launch_by_queries<Variant>(*problem, stream);

@@ -31,63 +31,6 @@ struct ForwardShape {
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStageBytes;
 };
 
-// Running softmax of 16 queries; a lane holds rows `group` and `group + 8`.
-struct RunningRows {
-  float maximum[2] = {kMasked, kMasked};  // Of raw scores.
-  float sum[2] = {0.0f, 0.0f};            // Of this lane's columns.
-};
-
-// Scores become probabilities relative to the running maximum, which may rise: then the output so
-// far shrinks.
-template <int HeadSize>
-__device__ __forceinline__ void update_softmax(float (&scores)[kTile / 8][4],
-                                               RunningRows& rows,
-                                               float (&out)[HeadSize / 8][4]) {
-  constexpr float kScaleLog2 = kScale<HeadSize> * kLog2e;
-  float shrink[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float maximum = rows.maximum[half];
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) {
-      maximum = fmaxf(maximum, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    }
-    maximum = quad_max(maximum);
-    shrink[half] = exp2_fast((rows.maximum[half] - maximum) * kScaleLog2);
-    rows.maximum[half] = maximum;
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        scores[n][i] = exp2_fast(scores[n][i] * kScaleLog2 - maximum * kScaleLog2);
-        sum += scores[n][i];
-      }
-    }
-    rows.sum[half] = rows.sum[half] * shrink[half] + sum;
-  }
-  scale_rows(out, shrink);
-}
-
-// Divide the output, rows row..row+15 of the block, by its softmax's sum, and write lse.
-template <int HeadSize>
-__device__ __forceinline__ void finish_rows(const RunningRows& rows, float (&out)[HeadSize / 8][4],
-                                            float kept, float* lse, const PlacesFrom& slot_at,
-                                            int row) {
-  float scale[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float sum = quad_sum(rows.sum[half]);
-    scale[half] = kept / sum;
-    const int slot = slot_at(row + 8 * half + lane_index() / 4);
-    if (lane_index() % 4 == 0 && slot >= 0) {
-      const float log_sum = log2_fast(sum) * kLn2;
-      store_global(lse + slot, rows.maximum[half] * kScale<HeadSize> + log_sum);
-    }
-  }
-  scale_rows(out, scale);
-}
-
 // Set the probabilities to zero that dropout takes; the softmax's sum keeps them.
 template <int M>
 __device__ __forceinline__ void drop(float (&probabilities)[M][kTile / 8][4], DropoutKey draw,
@@ -165,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 2) interval_forward(const __grid_con
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     const int row = warp_row + 16 * m;
-    finish_rows<kHeadSize>(running[m], out[m], kept_scale(p), lse, slot_at, row);
+    finish_rows<kHeadSize>(running[m], out[m], kept_scale(p.dropout), lse, slot_at, row);
     store_tile<Element, kHeadSize>(query_tile, row, out[m]);  // Only this warp reads these rows.
   }
   sync_warp();
@@ -179,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) interval_forward(const __grid_con
 
 extern "C" int megavideo_interval_forward(const MegavideoIntervalAttention* problem, void* stream) {
   using namespace megavideo;
+  if (!is_supported(*problem)) return MEGAVIDEO_INVALID;
   return with_variant(*problem, [&](auto variant) {
     using Variant = decltype(variant);
     using Shape = ForwardShape<Variant::kHeadSize>;
