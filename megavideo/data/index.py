@@ -329,24 +329,37 @@ def read_index_table(folder: Path) -> pa.Table:
 
 
 def _map_columns(index_file: Path, digest: str, cache: Path) -> pa.Table:
-    """The columns of `MAPPED` as one record batch in a memory map, written there on first use.
+    """The columns of `MAPPED` as one record batch in a memory map, written to `cache` on first use.
 
     Processes that meet here write the same bytes, and the last rename wins.
     """
     mapped = cache / MAP_NAME.format(digest)
     if not mapped.exists():
         table = _read_table(index_file, MAPPED).replace_schema_metadata().combine_chunks()
+        _write_map(mapped, table)
+    elif os.stat(mapped).st_uid not in (os.geteuid(), os.stat(index_file).st_uid):
+        raise ValueError(
+            f"{mapped} belongs to another user; set data.cache to a folder of your own"
+        )
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(mapped))).read_all()
+    except pa.ArrowException as error:
+        raise ValueError(f"{mapped} is damaged: {error}; delete it") from error
+
+
+def _write_map(mapped: Path, table: pa.Table) -> None:
+    try:
         with (
             atomic_path(mapped) as temporary,
             pa.OSFile(str(temporary), "wb") as sink,
             pa.ipc.new_file(sink, table.schema) as writer,
         ):
             writer.write_table(table)
-    elif os.stat(mapped).st_uid not in (os.geteuid(), os.stat(index_file).st_uid):
+    except OSError as error:
         raise ValueError(
-            f"{mapped} belongs to another user; set data.cache to a folder of your own"
-        )
-    return pa.ipc.open_file(pa.memory_map(str(mapped))).read_all()
+            f"cannot write the memory map of the index to {mapped.parent} ({error}); set "
+            "data.cache to a folder that you may write to"
+        ) from error
 
 
 def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

@@ -163,7 +163,8 @@ def read_sidecar(shard: Path) -> Sidecar:
     try:
         content = json.loads(path.read_bytes())
         making = Making(**content.pop("making"))
-        sidecar = Sidecar(making=making, **content)
+        failed = tuple(content.pop("failed"))
+        sidecar = Sidecar(making=making, failed=failed, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a shard: {error!r}") from error
     if sidecar.version != SIDECAR_VERSION:

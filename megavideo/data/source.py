@@ -10,12 +10,13 @@ import fcntl
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 from megavideo.data.index import ShardEntry
@@ -146,8 +147,10 @@ class FetchedShards:
         self.entries = entries
         self.cache = cache
         self.allow_commands = allow_commands
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self._expected: set[int] = set()
+        self._queue: SimpleQueue[int] = SimpleQueue()
+        # A daemon, because a pool's threads would fetch all that is queued before the program ends.
+        threading.Thread(target=self._fetch_expected, name="fetch", daemon=True).start()
 
     def path(self, shard: int) -> Path:
         """The cached copy, fetched now if it is not there. OSError if what arrived is not what the
@@ -169,13 +172,20 @@ class FetchedShards:
         for shard in shards:
             if shard not in self._expected:
                 self._expected.add(shard)
-                self._ahead.submit(self.path, shard)
+                self._queue.put(shard)
+
+    def _fetch_expected(self) -> None:
+        while True:
+            with suppress(OSError, ValueError):
+                self.path(self._queue.get())
 
     def _cached(self, shard: int) -> Path:
         entry = self.entries[shard]
         return self.cache / f"{entry.sha256[:16]}-{entry.file}"
 
     def _fetch(self, entry: ShardEntry, path: Path) -> None:
+        for left in self.cache.glob(f".{path.stem}.tmp-*"):  # by a program that was killed
+            left.unlink()
         with atomic_path(path) as temporary:
             size, sha256 = fetch(f"{self.url}/{entry.file}", temporary, self.allow_commands)
             if (size, sha256) != (entry.bytes, entry.sha256):

@@ -106,8 +106,12 @@ class Tokenizers:
         while batch := list(islice(frames, settings.batch)):
             tokens = self.image.encode(images_of(np.stack(batch)).to(settings.device))
             parts.append(tokens.flatten(1).cpu().numpy())
-        text = np.array(self.text.encode(item.caption))
-        return TokenClip(np.concatenate(parts).astype(np.uint16), settings.fps, text, item.caption)
+        text = self.text.encode(item.caption)
+        if not text:
+            raise ValueError(f"video {item.video}: its caption {item.caption!r} has no tokens")
+        return TokenClip(
+            np.concatenate(parts).astype(np.uint16), settings.fps, np.array(text), item.caption
+        )
 
 
 @lru_cache(maxsize=1)

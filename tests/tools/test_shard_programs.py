@@ -43,10 +43,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_tokenize(work: Path, output: Path, *options: str) -> Result:
+def run_tokenize(work: Path, output: Path, *options: str, table: Path | None = None) -> Result:
     arguments = [
-        str(work / "captions.csv"), str(output), "--size", "16", "--clips-per-shard", "2",
-        "--text-tokenizer", str(work / "text.model"), "--workers", "1",
+        str(table or work / "captions.csv"), str(output), "--videos", str(work), "--size", "16",
+        "--clips-per-shard", "2", "--text-tokenizer", str(work / "text.model"), "--workers", "1",
         "--image-tokenizer", str(work / "image.safetensors"), *options,
     ]  # fmt: skip
     return CliRunner().invoke(tokenize_videos.main, arguments)
@@ -92,6 +92,13 @@ def test_broken_videos_are_recorded_and_skipped(work: Path, tmp_path: Path) -> N
     rows = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
     assert {row["key"] for row in rows} == {"00000005-v5", "00000006-v6"}
     assert any("no such file" in row["reason"] for row in rows)
+
+
+def test_a_caption_without_tokens_is_recorded(work: Path, tmp_path: Path) -> None:
+    write_captions(tmp_path / "c.csv", [Caption("v0.mp4", "\u200b"), Caption("v1.mp4", "a cat")])
+    result = run_tokenize(work, tmp_path / "out", table=tmp_path / "c.csv")
+    assert result.exit_code == 0 and "tokenised 1 of 2 videos" in result.output
+    assert "has no tokens" in (tmp_path / "out" / "failed.jsonl").read_text()
 
 
 def test_a_job_without_any_good_video_fails(work: Path, tmp_path: Path) -> None:
@@ -150,8 +157,9 @@ def test_shards_of_another_job_are_not_overwritten(work: Path, tokens: Path) -> 
 
 def test_no_caption_is_on_both_sides_of_the_split(work: Path, tmp_path: Path) -> None:
     table = [Caption(f"v{n % 5}.mp4", f"a clip of kind {n % 9}") for n in range(5)]
-    write_captions(work / "split.csv", table)
-    assert run_tokenize(work, tmp_path, "--holdout", "0.5").exit_code == 0
+    write_captions(tmp_path / "split.csv", table)
+    result = run_tokenize(work, tmp_path, "--holdout", "0.5", table=tmp_path / "split.csv")
+    assert result.exit_code == 0
     sides = {}
     for side in ("train", "validation"):
         assert run(build_index, tmp_path / side).exit_code == 0

@@ -98,6 +98,21 @@ def test_columns_are_memory_mapped_and_the_map_is_made_once(tmp_path: Path) -> N
     np.testing.assert_array_equal(first.columns["crc32"], second.columns["crc32"])
 
 
+def test_a_map_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    write_set(tmp_path, 1, 3)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(ValueError, match=r"set data\.cache to a folder that you may write to"):
+        open_index(tmp_path, tmp_path / "cache" / "below")
+
+
+def test_a_damaged_map_is_named(tmp_path: Path) -> None:
+    write_set(tmp_path, 1, 3)
+    [mapped] = tmp_path.glob(".index-*.arrow")
+    mapped.write_bytes(mapped.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"\.arrow is damaged: .*; delete it"):
+        open_index(tmp_path)
+
+
 def test_an_old_map_goes_with_its_index(tmp_path: Path) -> None:
     write_set(tmp_path, 1, 3)
     write_set(tmp_path, 2, 3)

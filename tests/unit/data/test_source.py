@@ -2,6 +2,7 @@
 
 import http.server
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -94,7 +95,10 @@ def test_expected_shards_arrive_in_the_background(server: Server, tmp_path: Path
     store = fetched(server, tmp_path)
     store.expect([0, 2])
     store.expect([2])
-    store._ahead.shutdown(wait=True)
+    deadline = time.monotonic() + 20
+    while len(list((tmp_path / "cache").glob("[!.]*.tar"))) < 2:
+        assert time.monotonic() < deadline, "nothing was fetched"
+        time.sleep(0.005)
     assert server.asked == {"/shard-000000.tar": 1, "/shard-000002.tar": 1}
 
 
