@@ -1,12 +1,8 @@
 """Render procedural captioned clips to video files: data for a first run that needs no download."""
 
-import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -14,6 +10,7 @@ import click
 from megavideo.data.captions import Caption, write_captions
 from megavideo.data.scenes import draw_scene, make_scene
 from megavideo.data.video import CODECS, read_clip, read_comment, write_video
+from megavideo.data.workers import map_processes, num_cores
 from megavideo.log import log, progress
 
 SCENES_VERSION = 1  # raise it when the same seed and number give another picture
@@ -79,18 +76,11 @@ def render_all(rendering: Rendering, count: int, workers: int) -> int:
     """Render clips 0..count-1 in `workers` processes; returns how many were made anew."""
     made = 0
     with progress("rendering", total=count) as advance:
-        for is_new in _mapped(partial(render, rendering), count, workers):
+        work = partial(render, rendering)
+        for is_new in map_processes(work, range(count), workers, CLIPS_PER_TASK):
             made += is_new
             advance()
     return made
-
-
-def _mapped(work: partial[bool], count: int, workers: int) -> Iterator[bool]:
-    if workers == 1:
-        yield from map(work, range(count))
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, range(count), chunksize=CLIPS_PER_TASK)
 
 
 def _captions(rendering: Rendering, count: int) -> list[Caption]:
@@ -152,7 +142,7 @@ def _captions(rendering: Rendering, count: int) -> list[Caption]:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=lambda: len(os.sched_getaffinity(0)),
+    default=num_cores,
     show_default="one per core",
     help="Processes. The files do not depend on it.",
 )

@@ -18,7 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megavideo.data.vqvae import GROUPS, Decoder, Encoder, Quantizer, ResidualDownsample, vectors_of
+from megavideo.data.vqvae import (
+    GROUP_CHANNELS,
+    Decoder,
+    Encoder,
+    Quantizer,
+    ResidualDownsample,
+    vectors_of,
+)
 from megavideo.files import atomic_path
 from megavideo.log import log
 
@@ -47,8 +54,8 @@ class ImageTokenizerConfig:
     std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.channels % min(GROUPS, self.channels):
-            raise ValueError(f"channels={self.channels} must be 1..{GROUPS} or a multiple of it")
+        if self.channels < 1 or self.channels % GROUP_CHANNELS:
+            raise ValueError(f"channels={self.channels} must be a multiple of {GROUP_CHANNELS}")
         if self.z_channels < 1 or self.num_codes < 1:
             raise ValueError(f"z_channels={self.z_channels}, num_codes={self.num_codes}: 1 or more")
         if not self.rates or not set(self.rates) <= set(RATES):

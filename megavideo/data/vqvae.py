@@ -7,6 +7,7 @@ hierarchical quantisation (Ding et al. 2022, arXiv:2204.14217), EMA codebooks (v
 2017, arXiv:1711.00937, appendix A.1).
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,18 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32  # of GroupNorm; fewer where there are fewer channels
+GROUPS = 32  # of GroupNorm, at the published width four channels each; fewer where it is narrower:
+GROUP_CHANNELS = 4  # with one channel a group, its mean (so the colour of a flat image) is lost
 NORM_EPS = 1e-6
 FORGOTTEN = 1e-5  # choices a step below which a code's running mean says nothing any more
 DISTANCES_AT_ONCE = 2**24  # 64 MiB of fp32: the K x P matrix is never held whole
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(GROUPS, channels), channels, eps=NORM_EPS)
+    groups = math.gcd(GROUPS, channels // GROUP_CHANNELS)
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
-def conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
+def conv(
+    channels_in: int, channels_out: int, kernel: int, stride: int = 1, pad: bool = True
+) -> nn.Conv2d:
+    """A convolution that keeps the variance; torch's default keeps a third of it a layer."""
+    layer = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2 if pad else 0)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResidualBlock(nn.Module):
@@ -41,6 +51,8 @@ class ResidualBlock(nn.Module):
         if channels_in != channels_out:
             self.nin_shortcut = conv(channels_in, channels_out, 1)
 
+        nn.init.zeros_(self.conv2.weight)  # see `AttentionBlock`
+
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
@@ -48,7 +60,11 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x plus one head of full attention between all positions of an image."""
+    """x plus one head of full attention between all positions of an image.
+
+    Every branch of the networks starts at zero: a fresh model is close to linear and learns the
+    colours of a picture in half the steps.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -57,6 +73,7 @@ class AttentionBlock(nn.Module):
         self.k = conv(channels, channels, 1)
         self.v = conv(channels, channels, 1)
         self.proj_out = conv(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -72,7 +89,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = conv(channels, channels, 3, stride=2, pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -304,7 +321,8 @@ def draw_misfits(
     misfit_P = (vectors_PD - codes_KD[nearest_row(vectors_PD, codes_KD)]).pow(2).sum(1)
     weights_P = misfit_P + misfit_P.mean() * 1e-6 + 1e-12  # no vector is impossible
     few = count > len(vectors_PD)
-    return vectors_PD[torch.multinomial(weights_P, count, replacement=few, generator=generator)]
+    drawn = torch.multinomial(weights_P.cpu(), count, replacement=few, generator=generator)
+    return vectors_PD[drawn.to(vectors_PD.device)]
 
 
 def vectors_of(z: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_a_file_that_is_no_tokenizer_is_one_error(tmp_path: Path, content: bytes
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"channels": 48}, "channels=48 must be"),
+        ({"channels": 18}, "channels=18 must be a multiple of 4"),
         ({"rates": (4, 12)}, r"rates=\(4, 12\) must be some of"),
         ({"rates": (4,)}, "compress_rate=8 is not one of"),
         ({"num_codes": 0}, "num_codes=0"),

@@ -1,0 +1,225 @@
+"""Train the VQ-VAE image tokenizer on frames of a folder of videos or images."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from megavideo.data.frame_pool import FramePool, load_frames
+from megavideo.data.image_tokenizer import (
+    RATES,
+    ImageTokenizer,
+    ImageTokenizerConfig,
+    frames_of,
+    images_of,
+)
+from megavideo.data.image_training import ImageTrainer, ImageTraining, Score
+from megavideo.data.pictures import contact_sheet
+from megavideo.data.workers import num_cores
+from megavideo.files import atomic_path
+from megavideo.log import log, progress
+
+PREVIEW_FRAMES, PREVIEW_ROW = 24, 12
+PREVIEW_SIDE = 128  # pixels; smaller frames are enlarged
+
+
+Rgb = tuple[float, float, float]
+
+
+def pixel_statistics(frames: np.ndarray) -> tuple[Rgb, Rgb]:
+    """Mean and standard deviation, in [0, 1], of frames uint8 [n, H, W, 3] per RGB channel."""
+    pixels = frames.reshape(-1, 3)
+    mean = (pixels.mean(0) / 255).tolist()
+    std = np.maximum(pixels.std(0) / 255, 0.01).tolist()  # one flat colour has none
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def run(trainer: ImageTrainer, frames: np.ndarray, checkpoint: Path, save_every: int) -> None:
+    """Train to the end with a bar, from `checkpoint` if it exists, saving it now and then."""
+    if checkpoint.exists():
+        trainer.resume(checkpoint)
+        log.info("resumed %s at step %d", checkpoint, trainer.step)
+    steps = trainer.training.steps
+    with progress("training", total=steps) as advance:
+        advance(trainer.step)
+
+        def after_step(loss: float, score: Score) -> None:
+            advance(note=f"loss {loss:.3f}, {score}")
+            if trainer.step % save_every == 0 and trainer.step < steps:
+                trainer.save(checkpoint)
+
+        trainer.train(frames, after_step)
+
+
+def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> None:
+    """A picture of held-out frames, each row above what it is after encoding and decoding."""
+    chosen = frames[np.linspace(0, len(frames) - 1, min(len(frames), PREVIEW_FRAMES), dtype=int)]
+    decoded = frames_of(tokenizer.decode(tokenizer.encode(images_of(chosen))))
+    rows, labels = [], []
+    for start in range(0, len(chosen), PREVIEW_ROW):
+        part = slice(start, start + PREVIEW_ROW)
+        rows += [list(chosen[part]), list(decoded[part])]
+        labels += ["original", "decoded from tokens"]
+    sheet = contact_sheet(rows, labels, scale=max(1, PREVIEW_SIDE // chosen.shape[1]))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The .safetensors file to write.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(min=8),
+    default=160,
+    show_default=True,
+    help="Side in pixels to which frames are scaled and cut.",
+)
+@click.option(
+    "--compress-rate",
+    type=click.Choice([str(rate) for rate in RATES]),
+    default="8",
+    show_default=True,
+    help="Pixels per token and axis.",
+)
+@click.option("--channels", default=128, show_default=True, help="Width at full resolution.")
+@click.option("--z-channels", default=256, show_default=True, help="Dimension of a code.")
+@click.option("--codes", default=20000, show_default=True, help="Size of the codebook.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=100_000,
+    show_default=True,
+    help="Optimizer steps.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Frames per step."
+)
+@click.option(
+    "--crop",
+    type=click.IntRange(min=8),
+    help="Train the first 70% of the steps on squares of so many pixels. [default: whole frames]",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3e-4,
+    show_default=True,
+    help="At its highest; it warms up and then falls to zero along a cosine.",
+)
+@click.option(
+    "--frames",
+    "limit",
+    type=click.IntRange(min=1),
+    default=20_000,
+    show_default=True,
+    help="Frames drawn from the folder and kept in memory.",
+)
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True),
+    default=8.0,
+    show_default=True,
+    help="Frames per second of video to draw from.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--preview",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG of held-out frames beside their reconstructions.",
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Steps between checkpoints, from which an interrupted run continues.",
+)
+@click.option(
+    "--device",
+    default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+    show_default="cuda if there is one",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=num_cores,
+    show_default="one per core",
+    help="Processes that read the files.",
+)
+def main(
+    folder: Path,
+    out: Path,
+    size: int,
+    compress_rate: str,
+    channels: int,
+    z_channels: int,
+    codes: int,
+    steps: int,
+    batch: int,
+    crop: int | None,
+    learning_rate: float,
+    limit: int,
+    fps: float,
+    seed: int,
+    preview: Path | None,
+    save_every: int,
+    device: str,
+    workers: int,
+) -> None:
+    """Train an image tokenizer on the videos and images below FOLDER.
+
+    The defaults are the published model's sizes. One file in sixteen is held out and only measured.
+    An interrupted run continues from OUT's checkpoint when the same command is given again.
+
+    \b
+    Example, a small one for 64-pixel clips:
+      megavideo train-image-tokenizer runs/clips --out runs/image.safetensors --size 64 \\
+        --channels 8 --z-channels 32 --codes 256 --steps 900 --batch 8 --crop 32 \\
+        --learning-rate 4e-3 --frames 6000 --preview runs/image.png
+    """
+    started = time.monotonic()
+    rate = int(compress_rate)
+    config = ImageTokenizerConfig(channels, z_channels, codes, (rate,), rate)
+    for name, pixels in {"size": size, "crop": crop or size}.items():
+        if pixels % rate or pixels > size:
+            raise ValueError(
+                f"--{name} {pixels} must be a multiple of --compress-rate {rate}, at most {size}"
+            )
+    pool = load_frames(folder, size, fps, limit, seed, workers)
+    mean, std = pixel_statistics(pool.train)
+    trainer = ImageTrainer(
+        replace(config, mean=mean, std=std),
+        ImageTraining(steps, batch, learning_rate, seed, crop),
+        torch.device(device),
+    )
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    run(trainer, pool.train, checkpoint, save_every)
+    _finish(trainer, pool, out, preview)
+    checkpoint.unlink(missing_ok=True)
+    click.echo(f"{out}: {_summary(trainer, pool)} in {time.monotonic() - started:.1f} s")
+
+
+def _finish(trainer: ImageTrainer, pool: FramePool, out: Path, preview: Path | None) -> None:
+    trainer.model.save(out)
+    if preview:
+        write_preview(preview, ImageTokenizer.load(out), pool.held_out)
+
+
+def _summary(trainer: ImageTrainer, pool: FramePool) -> str:
+    return (
+        f"trained {trainer.step} steps on {len(pool.train)} frames; on {len(pool.held_out)} "
+        f"held-out frames {trainer.evaluate(pool.held_out)}; digest {trainer.model.digest}"
+    )
+
+
+if __name__ == "__main__":
+    main()
