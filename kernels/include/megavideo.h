@@ -12,6 +12,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default) /* the library hides all else */
 
 /* Changes whenever a function or a structure of this file does; the caller compares. */
 #define MEGAVIDEO_ABI 1
@@ -112,6 +113,7 @@ int megavideo_neighbourhood_forward(const MegavideoNeighbourhoodAttention *probl
 /* Gradients are the same, bit by bit, from run to run. */
 int megavideo_neighbourhood_backward(const MegavideoNeighbourhoodAttention *problem, void *stream);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

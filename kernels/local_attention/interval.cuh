@@ -13,6 +13,7 @@ namespace megavideo {
 using Problem = MegavideoIntervalAttention;
 
 constexpr int kTile = MEGAVIDEO_TILE;
+
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
 
@@ -44,6 +45,20 @@ __device__ __forceinline__ int64_t statistics_offset(const Problem& p, int sampl
   return (static_cast<int64_t>(sample) * p.heads + head) * p.image_slots;
 }
 
+// A half-open run of keys.
+struct Run {
+  int begin, end;
+
+  __device__ __forceinline__ bool has(int key) const { return begin <= key && key < end; }
+  // Whether it has some, or all, of `count` keys.
+  __device__ __forceinline__ bool meets(int first, int count) const {
+    return first < end && first + count > begin;
+  }
+  __device__ __forceinline__ bool covers(int first, int count) const {
+    return begin <= first && first + count <= end;
+  }
+};
+
 // Slots of consecutive places; -1 past the end and where the layout is padded.
 struct PlacesFrom {
   const int32_t* slots;
@@ -56,18 +71,20 @@ struct PlacesFrom {
   }
 };
 
-// Slots of consecutive text keys.
+// Slots of consecutive text keys; -1 outside `run`.
 struct TextFrom {
-  int first, count;
+  Run run;
+  int first;
 
-  __device__ __forceinline__ TextFrom(const Problem& p, int first)
-      : first(first), count(p.text_slots - first) {}
-  __device__ __forceinline__ int operator()(int row) const { return row < count ? first + row : -1; }
+  __device__ __forceinline__ int operator()(int row) const {
+    return run.has(first + row) ? first + row : -1;
+  }
 };
 
-// Text slots that hold no real token; they are the first ones.
-__device__ __forceinline__ int text_padding(const Problem& p, int sample) {
-  return p.text_slots - static_cast<int>(load_global(p.text_length + sample));
+// Text slots that hold a real token: text is left-padded.
+__device__ __forceinline__ Run real_text(const Problem& p, int sample) {
+  const int length = static_cast<int>(load_global(p.text_length + sample));
+  return {p.text_slots - length, p.text_slots};
 }
 
 // The key tiles that a block of queries visits: those with real text, then the run of image tiles
@@ -75,8 +92,8 @@ __device__ __forceinline__ int text_padding(const Problem& p, int sample) {
 struct KeyTiles {
   int first_text, num_text, first_image, count;
 
-  __device__ __forceinline__ KeyTiles(const Problem& p, int sample, int first_query, int queries) {
-    first_text = text_padding(p, sample) / kTile;
+  __device__ __forceinline__ KeyTiles(const Problem& p, Run text, int first_query, int queries) {
+    first_text = text.begin / kTile;
     num_text = tiles_of(p.text_slots) - first_text;
     int begin = p.places, end = 0;
     const int last_query = least(first_query + queries, p.places);
@@ -95,41 +112,30 @@ struct KeyTiles {
   }
 };
 
-// Keys and values of one head of one sample, gathered tile by tile.
+// Keys and values of one head of one sample, gathered tile by tile. Text that is not real is not
+// read: whatever it holds, even infinities, counts as zero.
 template <class Element, int HeadSize>
 struct KeysAndValues {
   Rows<const Element> image_k, image_v, text_k, text_v;
+  Run text;
 
-  __device__ __forceinline__ KeysAndValues(const Problem& p, int sample, int head) {
+  __device__ __forceinline__ KeysAndValues(const Problem& p, Run text, int sample, int head)
+      : text(text) {
     const auto* image = static_cast<const Element*>(p.image_qkv);
-    const auto* text = static_cast<const Element*>(p.text_kv);
+    const auto* prompt = static_cast<const Element*>(p.text_kv);
     image_k = rows_of(image, p.image, 1, sample, head);
     image_v = rows_of(image, p.image, 2, sample, head);
-    text_k = rows_of(text, p.text, 0, sample, head);
-    text_v = rows_of(text, p.text, 1, sample, head);
+    text_k = rows_of(prompt, p.text, 0, sample, head);
+    text_v = rows_of(prompt, p.text, 1, sample, head);
   }
 
   __device__ __forceinline__ void gather_tile(const Problem& p, Shared k, Shared v, bool is_text,
                                               int first_key) const {
     if (is_text) {
-      gather<HeadSize, kTile>({k, v}, {text_k, text_v}, TextFrom(p, first_key));
+      gather<HeadSize, kTile>({k, v}, {text_k, text_v}, TextFrom{text, first_key});
     } else {
       gather<HeadSize, kTile>({k, v}, {image_k, image_v}, PlacesFrom(p, first_key));
     }
-  }
-};
-
-// A half-open run of keys.
-struct Run {
-  int begin, end;
-
-  __device__ __forceinline__ bool has(int key) const { return begin <= key && key < end; }
-  // Whether it has some, or all, of `count` keys.
-  __device__ __forceinline__ bool meets(int first, int count) const {
-    return first < end && first + count > begin;
-  }
-  __device__ __forceinline__ bool covers(int first, int count) const {
-    return begin <= first && first + count <= end;
   }
 };
 
@@ -148,8 +154,8 @@ struct Sight {
   Run every;  // a place inside by all of them.
 
   // Of the warp whose first query is at place `first`.
-  __device__ __forceinline__ Sight(const Problem& p, int sample, int first)
-      : text{text_padding(p, sample), p.text_slots}, some{p.places, 0}, every{0, p.places} {
+  __device__ __forceinline__ Sight(const Problem& p, Run text, int first)
+      : text(text), some{p.places, 0}, every{0, p.places} {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const int place = first + 8 * i + lane_index() / 4;

@@ -74,8 +74,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Shared stages = grad_tile + Shape::kTileBytes;
   const Shared out_tile = stages + Shape::kStageBytes;  // Until the second stage is needed.
 
-  const KeyTiles tiles(p, sample, first_query, Shape::kQueries);
-  const KeysAndValues<Element, kHeadSize> keys(p, sample, head);
+  const Run text = real_text(p, sample);
+  const KeyTiles tiles(p, text, first_query, Shape::kQueries);
+  const KeysAndValues<Element, kHeadSize> keys(p, text, sample, head);
   const auto gather_step = [&](int step) {
     const Shared stage = stages + step % 2 * Shape::kStageBytes;
     keys.gather_tile(p, stage, stage + Shape::kTileBytes, tiles.is_text(step),
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   dot_rows<Element>(delta, grads[0], outs);
   exchange_statistics(p, statistics_offset(p, sample, head), slot_at, warp_row, delta, lse);
 
-  const Sight<1> sight(p, sample, first_query + warp_row);
+  const Sight<1> sight(p, text, first_query + warp_row);
   const DropoutKey draw = dropout_key(p.seed, sample * p.heads + head);
   float grad_queries[1][kHeadSize / 8][4];
   set_zero(grad_queries);
@@ -294,8 +295,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_step = block.is_text ? 0 : load_global(seen_by) * kStepsPerTile;
   const int last_step =
       (block.is_text ? p.places / kTile : load_global(seen_by + 1)) * kStepsPerTile;
+  const Run text = real_text(p, block.sample);
   QueryFacts facts;
-  KeysAndValues<Element, kHeadSize>(p, block.sample, block.head)
+  KeysAndValues<Element, kHeadSize>(p, text, block.sample, block.head)
       .gather_tile(p, key_tile, value_tile, block.is_text, block.first_key);
   cp_async_commit();
   gather_step(first_step, facts);
@@ -306,7 +308,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   typename Shape::Left keys[1], values[1];
   keys[0].load(key_tile, warp_row);
   values[0].load(value_tile, warp_row);
-  const Run text{text_padding(p, block.sample), p.text_slots};
   const DropoutKey draw = dropout_key(p.seed, block.sample * p.heads + block.head);
   float grad_keys[1][kHeadSize / 8][4], grad_values[1][kHeadSize / 8][4];
   set_zero(grad_keys);
@@ -366,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   if (block.is_text) {
-    scatter_both(p.grad_text, p.text_slots, 2, TextFrom(p, block.first_key));
+    scatter_both(p.grad_text, p.text_slots, 2, TextFrom{{0, p.text_slots}, block.first_key});
   } else {
     scatter_both(p.grad_image, p.image_slots, 3, PlacesFrom(p, block.first_key));
   }

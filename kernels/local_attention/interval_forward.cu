@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, 2) interval_forward(const __grid_con
   const Shared query_tile = shared_base();
   const Shared stages = query_tile + Shape::kQueryBytes;
 
-  const KeyTiles tiles(p, sample, first_query, Shape::kQueries);
-  const KeysAndValues<Element, kHeadSize> keys(p, sample, head);
+  const Run text = real_text(p, sample);
+  const KeyTiles tiles(p, text, first_query, Shape::kQueries);
+  const KeysAndValues<Element, kHeadSize> keys(p, text, sample, head);
   const auto gather_step = [&](int step) {
     const Shared stage = stages + step % 2 * Shape::kStageBytes;
     keys.gather_tile(p, stage, stage + Shape::kTileBytes, tiles.is_text(step),
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) interval_forward(const __grid_con
   LeftRows<kHeadSize> queries[kM];
 #pragma unroll
   for (int m = 0; m < kM; ++m) queries[m].load(query_tile, warp_row + 16 * m);
-  const Sight<kM> sight(p, sample, first_query + warp_row);
+  const Sight<kM> sight(p, text, first_query + warp_row);
   const DropoutKey draw = dropout_key(p.seed, sample * p.heads + head);
   RunningRows running[kM];
   float out[kM][kHeadSize / 8][4];

@@ -141,6 +141,19 @@ def test_text_in_a_bigger_tensor_is_read_in_place() -> None:
     assert torch.equal(strided[0], run(case, library())["out"])
 
 
+def test_padded_text_is_never_read() -> None:
+    case = Case(FRAMES)
+    image, text, length = case.inputs()
+    clean = run(case, library())
+    text[0, :-1] = torch.nan
+    out, lse = interval.forward(library(), image, text, length, case.rule, 0.0, SEED)
+    grads = interval.backward(
+        library(), case.grad(), image, text, length, out, lse, case.rule, 0.0, SEED
+    )
+    for ours, expected in zip((out, lse, *grads), clean.values(), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_rows_that_are_not_aligned_are_copied_first() -> None:
     case = Case(FRAMES)
     image, text, length = case.inputs()
