@@ -1,5 +1,4 @@
-"""Bytes of samples: read at their place in shard files, which are local or are fetched into a local
-cache first.
+"""Bytes of samples: read at their place in shard files, local or fetched into a local cache.
 
 What goes wrong for a moment (a network, a server) is tried again and then stops the run: ranks must
 never disagree about a sample because of timing. What is wrong for good is told apart by the reader
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
@@ -64,9 +64,7 @@ class ShardReader:
 
 
 class _OpenFile:
-    """A descriptor that is closed when nobody uses it any more: a thread may still read while the
-    cache lets it go.
-    """
+    """A descriptor that closes itself: a thread may still read when the cache lets it go."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -134,10 +132,10 @@ def _size(path: Path) -> int:
 
 
 class FetchedShards:
-    """Shards behind a URL, each copied once a node into `cache`, where it appears only with the
-    right size and SHA-256.
+    """Shards behind a URL, each copied once a node into `cache`.
 
-    The cache is not emptied: it grows to the size of the data set.
+    A shard appears there only with the size and SHA-256 of the index. The cache is not emptied: it
+    grows to the size of the data set.
     """
 
     def __init__(self, url: str, entries: Sequence[ShardEntry], cache: Path, allow_commands: bool):
@@ -153,9 +151,7 @@ class FetchedShards:
         threading.Thread(target=self._fetch_expected, name="fetch", daemon=True).start()
 
     def path(self, shard: int) -> Path:
-        """The cached copy, fetched now if it is not there. OSError if what arrived is not what the
-        index says.
-        """
+        """The cached copy, fetched now if need be; OSError if the index says otherwise of it."""
         path = self._cached(shard)
         if not path.exists():
             with _locked(path.with_suffix(".lock")):
@@ -196,12 +192,15 @@ class FetchedShards:
 
 
 def fetch(url: str, path: Path, allow_commands: bool) -> tuple[int, str]:
-    """Copy what `url` gives to `path`; its size and SHA-256."""
+    """Copy what `url` gives to `path`; its size and SHA-256. OSError if it breaks off."""
     size, sha256 = 0, hashlib.sha256()
-    with closing(open_url(url, allow_commands)) as stream, open(path, "wb") as file:
-        while data := stream.read(COPY_BYTES):
-            size += file.write(data)
-            sha256.update(data)
+    try:
+        with closing(open_url(url, allow_commands)) as stream, open(path, "wb") as file:
+            while data := stream.read(COPY_BYTES):
+                size += file.write(data)
+                sha256.update(data)
+    except HTTPException as error:  # what http.client says of a reply that makes no sense
+        raise OSError(f"{url}: {error!r}") from error
     return size, sha256.hexdigest()
 
 

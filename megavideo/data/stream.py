@@ -1,5 +1,4 @@
-"""The sample at a position: found by the order, read through the index, checked, replaced by
-another if it is damaged.
+"""The sample at a position: found by the order, read, checked, replaced if it is damaged.
 
 Everything here is a function of the position and of the stored bytes, never of a rank, a thread or
 the time.
@@ -42,9 +41,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Visit:
-    """The sample at a position: the clip, the frames it shows this time, and what was damaged
-    before it was found.
-    """
+    """The sample at a position: its clip, the frames shown this time, and what it stands in for."""
 
     position: int
     sample: int
@@ -133,8 +130,7 @@ class SampleStream:
 
 
 class DamageLog:
-    """Counts damaged samples in the order of training, writes each down, and stops the run when
-    there are too many.
+    """Counts damaged samples in the order of training, and stops the run at too many.
 
     Args:
         max_share: of the samples seen. It is judged once more than `max_in_row` were damaged: one

@@ -19,12 +19,16 @@ from megavideo.data.text_tokenizer import TextTokenizer
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; counts what was asked for; answers 503 as often as told, then behaves."""
+    """Serves a folder and counts what was asked for.
+
+    failures, cuts: as often it answers 503, or breaks off in the middle; then it behaves.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.asked: Counter[str] = Counter()
         self.failures = 0
+        self.cuts = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -35,6 +39,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if self.server.failures:
             self.server.failures -= 1
             self.send_error(503)
+        elif self.server.cuts:
+            self.server.cuts -= 1
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"half")
         else:
             super().do_GET()
 
@@ -89,6 +99,13 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(server: Server, tmp_pat
     with pytest.raises(OSError, match="503"):
         ShardReader(store, retries=2).read(1, 512, 100)
     assert server.failures == 99 - 3
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    store = fetched(server, tmp_path)
+    server.cuts = 2
+    assert len(ShardReader(store, retries=2).read(2, 512, 100)) == 100
+    assert server.asked["/shard-000002.tar"] == 3
 
 
 def test_expected_shards_arrive_in_the_background(server: Server, tmp_path: Path) -> None:
