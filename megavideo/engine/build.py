@@ -20,7 +20,7 @@ from megavideo.engine.engine import Engine
 from megavideo.engine.frozen import FrozenWeights
 from megavideo.engine.objective import Objective
 from megavideo.engine.optimizer import build_optimizer, parameter_groups
-from megavideo.engine.quiet import deepspeed, hush
+from megavideo.engine.quiet import deepspeed, hushed
 from megavideo.engine.state import OptimizerState
 from megavideo.engine.weights import checkpoint_weights, new_model, start_weights
 from megavideo.engine.world import World
@@ -109,14 +109,15 @@ def find_resume(config: Config, data: str) -> Path | None:
 def _initialize(
     model: nn.Module, parameters: dict[str, nn.Parameter], config: Config, world: World
 ) -> deepspeed.DeepSpeedEngine:
-    hush()
     groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
-    home, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(groups, config.recipe.optimizer, world.device),
-        config=deepspeed_config(config.recipe, config.parallel, world.size),
-        dist_init_required=False,
-    )
+    optimizer = build_optimizer(groups, config.recipe.optimizer, world.device)
+    with hushed():
+        home, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config.recipe, config.parallel, world.size),
+            dist_init_required=False,
+        )
     return home
 
 

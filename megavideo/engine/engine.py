@@ -95,12 +95,9 @@ class Engine:
             started = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - started
+            self._home.set_gradient_accumulation_boundary(micro_step + 1 == steps)
             losses += self._backward(batch, micro_step) / steps
-            if micro_step + 1 == steps:
-                own_norm = self._clip() if self._unwrapped else None
-            self._home.step()
-        norm = float(self._home.get_global_grad_norm() if own_norm is None else own_norm)
-        applied = math.isfinite(norm) if self._unwrapped else self._home.was_step_applied()
+        norm, applied = self._update()
         self._advance(applied)
         return self._result(losses, norm, rate, not applied, waited)
 
@@ -119,11 +116,6 @@ class Engine:
     def frame_losses(self, batch: Batch) -> Tensor:
         """This rank's mean loss of each loss-carrying frame, [loss frames]."""
         return self._objective(self._home, batch)
-
-    @property
-    def _unwrapped(self) -> bool:
-        """Without ZeRO, DeepSpeed steps the bare torch optimizer: clipping and checks are ours."""
-        return self._home.optimizer is self._home.basic_optimizer
 
     def _backward(self, batch: Batch, micro_step: int) -> Tensor:
         """Add this micro-batch's gradient; returns its frame losses."""
@@ -151,6 +143,16 @@ class Engine:
         for group in self._home.basic_optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+    def _update(self) -> tuple[float, bool]:
+        """Step the optimizer: the gradient's norm before clipping, and whether it was applied."""
+        if self._home.optimizer is self._home.basic_optimizer:
+            # Without ZeRO, DeepSpeed steps the bare torch optimizer: clipping and checks are ours.
+            norm = self._clip()
+            self._home.step()
+            return norm.item(), bool(norm.isfinite())
+        self._home.step()
+        return float(self._home.get_global_grad_norm()), self._home.was_step_applied()
 
     def _clip(self) -> Tensor:
         """Clip reduced gradients by their global norm, which is returned; drop what is not finite.

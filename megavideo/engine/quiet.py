@@ -1,8 +1,11 @@
 """DeepSpeed, imported with its chatter turned down and its compiler left alone."""
 
+import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 
@@ -15,11 +18,23 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-__all__ = ["deepspeed", "hush"]
+__all__ = ["deepspeed", "hushed"]
 
 
-def hush() -> None:
-    """Send DeepSpeed's warnings to our log, drop what is below, and compile nothing at start-up."""
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Initialise DeepSpeed here: what it prints goes to our debug log, and nothing is compiled."""
+    _hush()
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        log.debug("DeepSpeed printed: %s", printed.getvalue())
+
+
+def _hush() -> None:
+    """Send DeepSpeed's warnings to our log and drop what is below."""
     chatter = logging.getLogger("DeepSpeed")
     chatter.handlers[:] = log.handlers
     chatter.setLevel(logging.WARNING)

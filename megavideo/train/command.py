@@ -35,7 +35,8 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
 
     A resumed run draws the samples that an unbroken one would have drawn. SIGTERM and Ctrl-C
     finish the step, save, and exit with status 0. Metrics go to metrics.jsonl and tensorboard/ in
-    the run's folder. Several processes are started by torchrun; each is a data-parallel rank.
+    the run's folder. Several processes are started by torchrun; each is a data-parallel rank. A
+    signal to torchrun reaches them all, but torchrun itself then exits with 1.
 
     \b
     Example:
@@ -48,7 +49,8 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
         click.echo(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     world = join_world(config.run.timeout_minutes)
-    world.from_rank_zero(lambda: _prepare_folder(config, fresh))
+    if fresh:
+        world.from_rank_zero(lambda: _refuse_checkpoints(Path(config.run.directory)))
     try:
         train(_open_run(config, world))
     except RunFailed as error:
@@ -106,15 +108,12 @@ def _saves(config: Config) -> int:
     return math.ceil(config.recipe.steps / every) if every else 1
 
 
-def _prepare_folder(config: Config, fresh: bool) -> None:
-    run = Path(config.run.directory)
-    if fresh and list_checkpoints(run):
+def _refuse_checkpoints(run: Path) -> None:
+    if list_checkpoints(run):
         raise FileExistsError(
             f"{run} has checkpoints, and --fresh goes on with none; choose another run.directory, "
             "or move the folder away yourself"
         )
-    with atomic_write(run / "config.yaml") as file:
-        file.write(dump_config(config).encode())
 
 
 def _open_run(config: Config, world: World) -> Run:
@@ -123,11 +122,17 @@ def _open_run(config: Config, world: World) -> Run:
     if config.run.evaluate_every and config.data.validation is not None:
         validation = _open_stream(config, world, config.data.validation)
     engine = build_engine(config, world, training.fingerprint)
+    world.from_rank_zero(lambda: _keep_config(config))  # now that nothing refused it
     step = engine.progress.step
     if step >= config.recipe.steps:
         log.info("nothing to do: step %d of recipe.steps=%d is done", step, config.recipe.steps)
     recorder = Recorder(config, engine.loss_frames, world.rank, world.size, step)
     return Run(config, engine, training, validation, recorder, saved_step=step)
+
+
+def _keep_config(config: Config) -> None:
+    with atomic_write(Path(config.run.directory) / "config.yaml") as file:
+        file.write(dump_config(config).encode())
 
 
 def _open_stream(config: Config, world: World, folder: str) -> BatchStream:

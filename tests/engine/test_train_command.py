@@ -48,6 +48,7 @@ def _line(launcher: list[str], command: str, dataset: Path, run: Path, *more: st
 def trained(result: subprocess.CompletedProcess[str], run: Path) -> Manifest:
     """The newest checkpoint's manifest, after a command that must have succeeded."""
     assert result.returncode == 0, result.stderr
+    assert result.stdout == "", "DeepSpeed's chatter is kept from the terminal"
     checkpoint = newest_whole(run)
     assert checkpoint is not None
     return read_manifest(checkpoint)
@@ -120,9 +121,11 @@ def test_a_loss_that_stays_nan_stops_with_the_step_and_the_remedy(
 
 def test_other_data_and_fresh_are_refused(dataset: Path, unbroken: Path, tmp_path: Path) -> None:
     other = make_dataset(tmp_path, num_clips=30)
+    before = (unbroken / "config.yaml").read_text()
     result = megavideo("train", other, unbroken)
     assert result.returncode == 2
     assert "was trained on other data" in result.stderr
+    assert (unbroken / "config.yaml").read_text() == before
     result = megavideo("train", dataset, unbroken, "--fresh")
     assert result.returncode == 2
     assert "--fresh" in result.stderr
