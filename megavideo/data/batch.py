@@ -1,7 +1,7 @@
 """Batches for training and evaluation: `open_stream` is the way in.
 
-A batch goes: position -> sample (order.py) -> record (stream.py) -> frame window (frames.py) ->
-    text (prompt.py) -> tensors.
+A sample's way: position -> which sample (order.py) -> its clip (stream.py, source.py) -> which
+frames (frames.py) -> text (prompt.py) -> tensors.
 """
 
 import itertools
@@ -123,16 +123,16 @@ class BatchStream:
         dp_size: int,
         shuffle_captions: bool = False,
     ) -> Iterator[tuple[Batch, int]]:
-        """This rank's part of the first `num_samples` samples, or of all if there are fewer:
-        (batch, samples that count).
+        """This rank's part of the first `num_samples` samples, or of all if there are fewer.
 
         The samples are the same for every `dp_size`, each counts exactly once, and every rank gets
-        as many batches as the
-        others: one that has nothing left gets a sample that counts 0. The mean loss of all is
-            sum(count * loss) / sum(count).
+        as many batches as the others, as collectives need.
 
-        shuffle_captions: every sample gets the caption of another one, which reads differently,
-            with its own duration.
+        Args:
+            shuffle_captions: give every sample, beside its own duration, the caption of another
+                one that reads differently.
+        Yields: (batch, samples that count): all in it, or 0 where a rank has nothing left and gets
+            one sample again. The mean loss of all is sum(count * loss) / sum(count).
         """
         total = min(num_samples, self.num_samples)
         captions = partial(self._other_captions, total) if shuffle_captions else self._own_captions
@@ -174,12 +174,11 @@ class BatchStream:
         return [visit.clip.text for visit in visits]
 
     def _other_captions(self, total: int, visits: list[Visit]) -> list[np.ndarray]:
-        """For each visit the caption half a set of `total` samples further on, or the next one
-        after it that differs.
-        """
+        """For each visit the caption of another one of the first `total` samples."""
         return [self._other_caption(total, visit) for visit in visits]
 
     def _other_caption(self, total: int, visit: Visit) -> np.ndarray:
+        """The one half the set further on, or the next one after it that reads differently."""
         for distance in range(total // 2, total + total // 2):
             other = self.samples.clip_at((visit.position + distance) % total).clip
             if other.caption != visit.clip.caption:

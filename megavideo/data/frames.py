@@ -1,5 +1,4 @@
-"""Which frames of a clip a sample takes, at which frame rate: a function of (seed, stage, epoch,
-sample) alone.
+"""Which frames of a clip a sample shows: a function of (seed, stage, epoch, sample) alone.
 
 `count` frames at rate f span (count - 1) / f seconds; in a clip stored at `grid_fps` they are every
 (grid_fps / f)-th frame, so a rate is available to a clip only if it divides the clip's.
@@ -52,9 +51,7 @@ class FrameChooser:
     seed: int
 
     def windows(self, n_frames: int, grid_fps: float) -> list[FrameWindow]:
-        """The windows that fit a clip, at its beginning, in rising rate; empty if the clip is too
-        short.
-        """
+        """Those that fit a clip, at its beginning, by rising rate; empty if it is too short."""
         fitting = [window for window in self._windows(grid_fps) if window.span <= n_frames]
         return fitting[:1] if self.stage == "keyframes" else fitting
 

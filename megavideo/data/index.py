@@ -1,10 +1,8 @@
-"""The index of a folder of shards: where every sample is and what it must look like, in two Parquet
-files.
+"""The index of a folder of shards: where every sample is, and what it must look like.
 
 `index.parquet` has a row a sample, `shards.parquet` a row a shard. They are for people and other
-programs too: rows may be removed from `index.parquet` (with pyarrow) to leave samples out. A
-process opens the numeric columns as one memory-mapped Arrow file, made once a node, so that all
-processes share its pages.
+programs too: rows may be removed from `index.parquet` (with pyarrow) to leave samples out. Training
+opens the numeric columns as one memory-mapped Arrow file, so that all processes share its pages.
 """
 
 import os
@@ -98,13 +96,11 @@ class ClipIndex:
 
     columns: read-only numpy views, [number of samples] each, in pages that all processes of a node
         share.
-    fingerprint: changes with any sample, shard or tokenizer that training could notice.
     """
 
-    def __init__(self, folder: Path, table: pa.Table, shards: list[ShardEntry], fingerprint: str):
+    def __init__(self, folder: Path, table: pa.Table, shards: list[ShardEntry]):
         self.folder = folder
         self.shards = shards
-        self.fingerprint = fingerprint
         self.columns = {name: table[name].chunk(0).to_numpy() for name in MAPPED}
 
     def __len__(self) -> int:
@@ -117,6 +113,16 @@ class ClipIndex:
     def making(self) -> Making:
         """How all samples were made."""
         return self.shards[0].making
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the samples, their order, and how they were made: not of the files' format."""
+        digest = xxhash.xxh3_128()
+        for shard in self.shards:
+            digest.update(repr((shard.sha256, shard.making)).encode())
+        for column in self.columns.values():
+            digest.update(column)
+        return digest.hexdigest()
 
     def key(self, sample: int) -> str:
         """The name of a sample; read from the Parquet file, for messages."""
@@ -143,8 +149,9 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def build_index(folder: Path, threads: int, advance: Callable[[], None]) -> ClipIndex:
-    """Read every shard in `folder` and write its index; a shard whose SHA-256 is known is hashed,
-    not parsed.
+    """Read every shard in `folder` and write its index.
+
+    A shard that an older index lists with the same SHA-256 is hashed, but not parsed again.
 
     Args:
         advance: called after each shard.
@@ -226,8 +233,9 @@ def _row(member: Member) -> dict[str, object]:
 
 
 def write_index(folder: Path, entries: Sequence[ShardEntry], tables: Sequence[pa.Table]) -> None:
-    """Write both files; the index, written last, names the digest of the shards' table that it
-    belongs to.
+    """Write both files.
+
+    The index is written last, and names the digest of the shards' table that it belongs to.
 
     Raises: ValueError if the shards were not made alike.
     """
@@ -277,9 +285,10 @@ def _write_table(path: Path, table: pa.Table, metadata: dict[bytes, bytes]) -> N
 
 
 def open_index(folder: Path, cache: Path | None = None) -> ClipIndex:
-    """Open the index in `folder`; the memory-mapped copy lies in `cache`, by default in `folder`
-    itself.
+    """Open the index in `folder`.
 
+    Args:
+        cache: folder of the memory-mapped copy; None puts it into `folder` itself.
     Raises: ValueError if there is no index, or it is damaged, half-written or empty.
     """
     index_file, shards_file = folder / INDEX_FILE, folder / SHARDS_FILE
@@ -298,9 +307,7 @@ def open_index(folder: Path, cache: Path | None = None) -> ClipIndex:
         raise ValueError(f"{index_file} lists no sample")
     if np.any(np.diff(table["shard"].to_numpy().astype(np.int64)) < 0):
         raise ValueError(f"{index_file}: column shard must rise; sort the rows by (shard, offset)")
-    shards = read_shard_entries(folder)
-    fingerprint = xxhash.xxh3_128_hexdigest(f"{index_digest} {shards_digest}".encode())
-    return ClipIndex(folder, table, shards, fingerprint)
+    return ClipIndex(folder, table, read_shard_entries(folder))
 
 
 def open_text_tokenizer(path: Path, index: ClipIndex) -> TextTokenizer:

@@ -78,16 +78,12 @@ class Order:
         return Place(epoch, int(self._window_samples(epoch, window)[offset - start]))
 
     def substitute(self, position: int, attempt: int) -> int:
-        """The sample that stands in when the one at `position`, and `attempt` substitutes before,
-        are damaged.
-        """
+        """The sample that stands in for the damaged one at `position`, as the `attempt`-th."""
         raw = draw(self.seed, SUBSTITUTES, position, attempt, 1)
         return int(self.samples[below(len(self), int(raw[0]))])
 
     def shards_near(self, position: int) -> Sequence[int]:
-        """Shards of the window at `position` and of the next one in the same epoch, in the order
-        they are needed.
-        """
+        """The shards of the window at `position` and of the next in its epoch, as needed."""
         epoch, offset = divmod(position, len(self))
         shards, ends = self._epoch_plan(epoch)
         window = int(np.searchsorted(ends, offset, side="right"))

@@ -1,6 +1,4 @@
-"""The text of a sample: its duration, a line break, and the caption (cogvideo.md section 2.1: see
-docs/model.md).
-"""
+"""The text of a sample: the seconds that its frames span, a line break, and the caption."""
 
 from collections.abc import Sequence
 from functools import lru_cache

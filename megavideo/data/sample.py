@@ -65,9 +65,7 @@ def pack(clip: TokenClip) -> bytes:
 
 
 def unpack(record: bytes) -> TokenClip:
-    """The clip in `record`, its arrays being read-only views of it; ValueError says what is wrong
-    with the record.
-    """
+    """The clip in `record`, its arrays being read-only views; ValueError says what is wrong."""
     side, n_frames, milli, n_text, caption_bytes = _read_header(record)
     frames_end = HEADER.size + 2 * n_frames * side * side
     text_end = frames_end + 4 * n_text

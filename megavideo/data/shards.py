@@ -1,5 +1,4 @@
-"""Shards: ordinary WebDataset tars with one `.clip` member per sample, and a JSON file beside each
-that vouches for it.
+"""Shards: WebDataset tars of `.clip` members, each with a JSON file that vouches for it.
 
 The writer is `webdataset.TarWriter`; equal samples give equal bytes. The reader walks the tar
 itself, because the usual readers stop without an error at a damaged header and lose every sample
@@ -43,8 +42,7 @@ class Making:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What `NAME.json` says of `NAME.tar`. It is written last: without it, the shard does not
-    count.
+    """What `NAME.json` says of `NAME.tar`; written last, so a shard without it does not count.
 
     source: digest of what the shard was made from, so that a resumed job knows whether it is done.
     failed: videos that should be in this shard and could not be read, with the reason.

@@ -163,8 +163,7 @@ def make_plan(
 
 
 def is_held_out(caption: str, share: float) -> bool:
-    """Whether a clip is for validation. It depends on its caption alone, so no caption is on both
-    sides.
+    """Whether a clip is for validation: by its caption, so that none is on both sides.
 
     Held-out loss then tells whether the model reads texts it has not seen, not whether it remembers
     a text it has.
@@ -185,9 +184,7 @@ def _key(number: int, video: str) -> str:
 
 
 def _source(items: Sequence[Item], settings: Settings, making: Making) -> str:
-    """Digest of all that the bytes of a shard come from; a video counts by its size and time of
-    change.
-    """
+    """Digest of all that a shard is made from; a video counts by size and time of change."""
     parts = [making, settings.size, settings.max_seconds, settings.device, settings.batch]
     stamps = [(item.key, item.caption, _stamp(item.video)) for item in items]
     return xxhash.xxh3_128_hexdigest(repr((parts, stamps)).encode())
@@ -221,9 +218,7 @@ def finished(plan: ShardPlan) -> Sidecar | None:
 
 
 def check_no_strangers(plans: Sequence[ShardPlan]) -> None:
-    """ValueError if a folder holds a shard that is not planned: its clips would be trained on as
-    well.
-    """
+    """ValueError if a folder holds a shard that is not planned: training would take it too."""
     planned = {plan.path for plan in plans}
     for folder in {path.parent for path in planned}:
         strangers = [path for path in list_shards(folder) if path not in planned]

@@ -1,5 +1,4 @@
-"""Which addresses shards may come from. An address is judged here before webdataset sees it, and
-webdataset is locked as well.
+"""Which addresses shards may come from: judged here, and webdataset is locked down to them.
 
 webdataset opens more than a trainer should: a shell behind `pipe:`, standard input behind `-`,
 rewriting rules from the environment. A path in a downloaded configuration must not become a command
@@ -73,7 +72,5 @@ def lock_webdataset(allow_commands: bool) -> None:
 
 
 def _open_http(url: str, mode: str, bufsize: int) -> BinaryIO:
-    """Instead of webdataset's `curl --retry 30`, which tells us neither the cause nor that the body
-    was cut short.
-    """
+    """Instead of webdataset's `curl --retry 30`, which hides what went wrong."""
     return urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S)

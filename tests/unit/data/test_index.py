@@ -86,6 +86,13 @@ def test_rows_may_be_removed_with_pyarrow(tmp_path: Path) -> None:
     assert rebuild(tmp_path).fingerprint == full.fingerprint
 
 
+def test_the_fingerprint_is_of_the_samples_not_of_the_file(tmp_path: Path) -> None:
+    index = write_set(tmp_path, 2, 3)
+    pq.write_table(read_index_table(tmp_path), tmp_path / INDEX_FILE, compression="none")
+    assert open_index(tmp_path).fingerprint == index.fingerprint
+    assert write_set(tmp_path / "other", 2, 4).fingerprint != index.fingerprint
+
+
 def test_columns_are_memory_mapped_and_the_map_is_made_once(tmp_path: Path) -> None:
     write_set(tmp_path / "set", 1, 3)
     first = open_index(tmp_path / "set", tmp_path / "cache")
