@@ -44,9 +44,9 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     model = new_model(config, world.device)
     parameters = canonical_parameters(model)
     if checkpoint:
-        checkpoint_weights(parameters, checkpoint)
+        world.first_on_rank_zero(lambda: checkpoint_weights(parameters, checkpoint))
     else:
-        start_weights(parameters, config)
+        world.first_on_rank_zero(lambda: start_weights(parameters, config))
     home = _initialize(model, parameters, config, world)
     check_trainable(parameters, config.recipe.stage)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}

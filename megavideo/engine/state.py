@@ -80,29 +80,27 @@ class OptimizerState:
         """
         for name, fragment in self._present():
             fragment.of(fragment.flat).copy_(_cut(weights[name], fragment))
-        if updates:
-            self._restore_moments(moments, updates)
+        if updates and self._moment_names():
+            self._restore_moments(moments)
+            self._set_updates(updates)
 
-    def _restore_moments(self, moments: Mapping[str, Tensor], updates: int) -> None:
-        for _, fragment in self._present():
-            for key in self._moment_names():
-                self._state(fragment).setdefault(key, torch.zeros_like(fragment.flat))
+    def _restore_moments(self, moments: Mapping[str, Tensor]) -> None:
         for name, fragment in self._present():
+            state = self._state(fragment)
             for key in self._moment_names():
-                state = self._state(fragment)[key]
-                fragment.of(state).copy_(_cut(moments[f"{name}.{key}"], fragment))
-        self._set_updates(updates)
+                if key not in state:  # the first fragment of this flat tensor
+                    state[key] = torch.zeros_like(fragment.flat)
+                fragment.of(state[key]).copy_(_cut(moments[f"{name}.{key}"], fragment))
 
     def _set_updates(self, updates: int) -> None:
-        """Adam's bias correction counts updates: torch per tensor, apex per group."""
-        for group in self._optimizer.param_groups:
-            if "step" in group:
+        """Adam's bias correction counts updates: torch's per flat tensor, apex's per group."""
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            for group in self._optimizer.param_groups:
                 group["step"] = updates
+            return
         for _, fragment in self._present():
-            if self._moment_names() and "step" not in self._optimizer.param_groups[0]:
-                self._state(fragment)["step"] = torch.tensor(
-                    float(updates), device=fragment.flat.device
-                )
+            count = torch.tensor(float(updates), device=fragment.flat.device)
+            self._state(fragment)["step"] = count
 
     def _gather(self, key: str | None) -> dict[str, Tensor]:
         gathered = {}
