@@ -59,22 +59,26 @@ Source text_source(const MegavideoNeighbourhoodAttention& given) {
 int least(int a, int b) { return a < b ? a : b; }
 int most(int a, int b) { return a > b ? a : b; }
 
-// The greatest numbers of keys that 8 neighbours among queries see, and of queries that see 8 keys.
-int most_seen(const Axis& axis) {
-  const int cells = (kBlockSide + axis.ratio - 2) / axis.ratio + 1;
+// The greatest number of keys that `queries` neighbours see.
+int most_seen(const Axis& axis, int queries) {
+  const int cells = (queries + axis.ratio - 2) / axis.ratio + 1;
   return least(axis.size, cells + axis.before + axis.after);
 }
 
-int most_seeing(const Axis& axis) {
-  return least(axis.queries, (kBlockSide + axis.before + axis.after) * axis.ratio);
+// The greatest number of queries that see some of `keys` neighbours.
+int most_seeing(const Axis& axis, int keys) {
+  return least(axis.queries, (keys + axis.before + axis.after) * axis.ratio);
 }
 
 // Add a source, and grow the tiles to what it needs. A strip has at least one row: kMaxSide fits.
 void add(NeighbourhoodProblem& p, Source source, int& number) {
-  const int keys = most_seen(source.rows) * most_seen(source.columns);
-  const int queries = most_seeing(source.rows) * most_seeing(source.columns);
+  const int keys = most_seen(source.rows, kBlockSide) * most_seen(source.columns, kBlockSide);
+  const int queries =
+      most_seeing(source.rows, kBlockSide) * most_seeing(source.columns, kBlockSide);
   p.key_strip = most(p.key_strip, least(kMaxStrip, keys));
   p.query_strip = most(p.query_strip, least(kMaxStrip, queries));
+  source.key_pitch = most_seen(source.columns, kPatchSide);
+  source.query_pitch = most_seeing(source.columns, kPatchSide);
   const int rows = source.rows.size, columns = source.columns.size;
   source.blocks = source.grad_kv ? squares(rows, columns, kBlockSide) : 0;
   source.number = number;

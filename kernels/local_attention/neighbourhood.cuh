@@ -65,6 +65,8 @@ struct Source {
   int slots;    // Of the tensors: text may leave the end of its last row empty.
   int number;   // By which dropout numbers its first key.
   int blocks;   // Of keys that need a gradient: all or none.
+  // Columns of keys that a patch of queries sees, and of queries that see a patch of keys, at most.
+  int key_pitch, query_pitch;
   bool causal;  // No keys after the cell, in raster order.
   bool is_text;
   const void* kv;
@@ -181,9 +183,10 @@ struct TileRow {
   }
 };
 
-// Cells of a grid whose rows lie in tiles of shared memory. The swizzle follows `pitch`, the usual
-// width of what a warp reads, and not the strip's: then eight cells that follow each other in a
-// warp's rectangle have eight swizzles, also across the end of a row, and ldmatrix has no conflict.
+// Cells of a grid whose rows lie in tiles of shared memory. The swizzle follows `pitch`, the width of
+// what a warp reads away from borders, and not the strip's: then eight cells that follow each other
+// in a warp's rectangle have eight swizzles, also across the end of a row, and ldmatrix has no bank
+// conflict.
 template <int HeadSize>
 struct Strip {
   Rectangle area;
@@ -264,16 +267,17 @@ __device__ __forceinline__ void for_each_chunk(const Strip<HeadSize>& strip,
 // ---- products of a patch, 16 rows, with the 16 cells of a chunk ----
 
 // d[n] += left times the rows of cells 8n..8n+7.
-template <class Element, int HeadSize>
-__device__ __forceinline__ void multiply_cells(float (&d)[2][4], const LeftRows<HeadSize>& left,
+template <class Element, int HeadSize, template <int> class Left>
+__device__ __forceinline__ void multiply_cells(float (&d)[2][4], const Left<HeadSize>& left,
                                                Shared tile, TileRow row) {
   const int odd = lane_index() >> 3 & 1;
 #pragma unroll
   for (int k = 0; k < HeadSize / 16; ++k) {
-    uint32_t right[4];
+    uint32_t words[4], right[4];
+    left.get(words, k);
     ldmatrix_x4(right, tile + row.chunk(2 * k + odd));
-    mma_m16n8k16<Element>(d[0], left.words[k], right[0], right[1]);
-    mma_m16n8k16<Element>(d[1], left.words[k], right[2], right[3]);
+    mma_m16n8k16<Element>(d[0], words, right[0], right[1]);
+    mma_m16n8k16<Element>(d[1], words, right[2], right[3]);
   }
 }
 
@@ -335,7 +339,7 @@ struct QueryBlock {
         return Rectangle{source.rows.seen_by(queries.rows), source.columns.seen_by(queries.columns)};
       };
       const Rectangle wanted = seen_by(patch);
-      for_each_strip<HeadSize>(seen_by(block), p.key_strip, wanted.columns.size(), [&](const auto& strip) {
+      for_each_strip<HeadSize>(seen_by(block), p.key_strip, source.key_pitch, [&](const auto& strip) {
         sync_block();  // The last strip has been read.
         strip.load({key_tile, value_tile}, {keys, values}, source.columns.size, real);
         cp_async_commit();
@@ -387,7 +391,7 @@ template <class Element>
 __device__ __forceinline__ Rows<Element> output_rows(const NeighbourhoodProblem& p, Element* base,
                                                      int sample, int head) {
   const int64_t stride = static_cast<int64_t>(p.heads) * p.head_size;
-  return {base + sample * p.queries() * stride + head * p.head_size, stride};
+  return {base + sample * stride * p.queries() + head * p.head_size, stride};
 }
 
 template <class Element>

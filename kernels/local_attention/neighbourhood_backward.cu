@@ -12,7 +12,9 @@
 // 236 us at 3.0 TB/s; 28 GF exact in seven products, 59 GF computed, 75 us at 790 TFLOP/s:
 // memory-bound. Text keys are seen by all Q queries: their blocks are few and long and go first.
 // Cells of a coarser grid are seen by ratio^2 times as many queries as keys of the queries' own grid.
-// Shared memory, D = 64: 64 KiB by queries (9x5), up to 66 KiB by keys: three blocks.
+// Shared memory, D = 64: 64 KiB by queries (9x5), up to 74 KiB by keys: three blocks.
+#include <type_traits>
+
 #include "neighbourhood.cuh"
 
 namespace megavideo {
@@ -108,6 +110,21 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
 
 // ---- by keys ----
 
+// Registers have room for a patch's keys with D = 64, and never for its values: what stays in a tile
+// is read at each use.
+template <int HeadSize>
+struct KeyShape {
+  static constexpr bool kKeysStay = HeadSize == 128;
+  using Keys = std::conditional_t<kKeysStay, LeftRowsInTile<HeadSize>, LeftRows<HeadSize>>;
+  static constexpr int kRowBytes = 2 * HeadSize;
+  static constexpr int kTileBytes = kBlockRows * kRowBytes;
+
+  // Queries, gradients of outputs, lse and delta of a strip; values; keys.
+  static int shared_bytes(int strip) {
+    return 2 * strip * (kRowBytes + 4) + (kKeysStay ? 2 : 1) * kTileBytes;
+  }
+};
+
 // The source and the number of the 8x8 keys of a block; blocks of all sources form one row.
 struct KeyBlock {
   int source, index;
@@ -201,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
     neighbourhood_backward_keys(const __grid_constant__ NeighbourhoodProblem p) {
   using Element = typename Variant::Element;
   constexpr int kHeadSize = Variant::kHeadSize;
-  constexpr int kRowBytes = 2 * kHeadSize;
+  using Shape = KeyShape<kHeadSize>;
 
   const KeyBlock block(p);
   const Source& source = p.sources[block.source];
@@ -209,23 +226,26 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   const int rows = source.rows.size, columns = source.columns.size;
   const Range real = real_slots(p, source, sample);
   const KeyPatch patch{p, source, real, PatchSlots(block.index, rows, columns, {0, source.slots})};
-  const Shared query_tile = shared_base();
-  const Shared grad_tile = query_tile + p.query_strip * kRowBytes;
-  const Statistics statistics{grad_tile + p.query_strip * kRowBytes,
-                              grad_tile + p.query_strip * (kRowBytes + 4)};
+  const Shared value_tile = shared_base();
+  const Shared query_tile = value_tile + (Shape::kKeysStay ? 2 : 1) * Shape::kTileBytes;
+  const Shared grad_tile = query_tile + p.query_strip * Shape::kRowBytes;
+  const Shared lse = grad_tile + p.query_strip * Shape::kRowBytes;
+  const Statistics statistics{lse, lse + 4 * p.query_strip};
+  // Right behind the values: where keys do not stay, queries take their place later.
+  const Shared key_tile = value_tile + Shape::kTileBytes;
 
-  // Keys and values pass through the tiles that strips of queries use later.
   const auto* kv = static_cast<const Element*>(source.kv);
-  gather<kHeadSize, kBlockRows>({query_tile, grad_tile},
+  gather<kHeadSize, kBlockRows>({key_tile, value_tile},
                                 {rows_of(kv, source.strides, 0, sample, head),
                                  rows_of(kv, source.strides, 1, sample, head)},
                                 patch.slot_at);
   cp_async_commit();
   cp_async_wait<0>();
   sync_block();
-  LeftRows<kHeadSize> keys, values;
-  keys.load(query_tile, warp_row);
-  values.load(grad_tile, warp_row);
+  typename Shape::Keys keys;
+  LeftRowsInTile<kHeadSize> values;
+  keys.load(key_tile, warp_row);
+  values.load(value_tile, warp_row);
 
   const auto queries = query_rows<Element>(p, sample, head);
   const auto grads = output_rows(p, static_cast<const Element*>(p.grad_out), sample, head);
@@ -235,9 +255,9 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   set_zero(grad_values);
   const Rectangle wanted = patch.that_see(patch.slot_at.patch(warp_index()));
   for_each_strip<kHeadSize>(
-      patch.that_see(patch.slot_at.block()), p.query_strip, wanted.columns.size(),
+      patch.that_see(patch.slot_at.block()), p.query_strip, source.query_pitch,
       [&](const auto& strip) {
-        sync_block();  // The last strip, or the keys and values, have been read.
+        sync_block();  // The last strip, or the keys, have been read.
         strip.load({query_tile, grad_tile}, {queries, grads}, p.columns, {0, p.queries()});
         cp_async_commit();
         statistics.load(p, statistics_offset(p, sample, head), strip);
@@ -264,15 +284,15 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   scale_rows(grad_keys[0], key_scale);
   scale_rows(grad_values[0], value_scale);
   sync_block();  // The last strip has been read.
-  store_tile<Element, kHeadSize>(query_tile, warp_row, grad_keys[0]);
-  store_tile<Element, kHeadSize>(grad_tile, warp_row, grad_values[0]);
+  store_tile<Element, kHeadSize>(key_tile, warp_row, grad_keys[0]);
+  store_tile<Element, kHeadSize>(value_tile, warp_row, grad_values[0]);
   sync_warp();
   // grad_kv [B, slots, 2, H, D], contiguous.
   const int64_t part = static_cast<int64_t>(p.heads) * kHeadSize;
-  auto* first = static_cast<Element*>(source.grad_kv) + sample * source.slots * 2 * part +
+  auto* first = static_cast<Element*>(source.grad_kv) + sample * 2 * part * source.slots +
                 head * kHeadSize;
-  scatter<kHeadSize, kPatch>(query_tile, warp_row, Rows<Element>{first, 2 * part}, patch.slot_at);
-  scatter<kHeadSize, kPatch>(grad_tile, warp_row, Rows<Element>{first + part, 2 * part},
+  scatter<kHeadSize, kPatch>(key_tile, warp_row, Rows<Element>{first, 2 * part}, patch.slot_at);
+  scatter<kHeadSize, kPatch>(value_tile, warp_row, Rows<Element>{first + part, 2 * part},
                              patch.slot_at);
 }
 
@@ -288,7 +308,7 @@ int launch_by_keys(const NeighbourhoodProblem& p, void* stream) {
   int blocks = 0;
   for (int s = 0; s < p.num_sources; ++s) blocks += p.sources[s].blocks;
   if (blocks == 0) return 0;
-  const int shared_bytes = 2 * p.query_strip * (Variant::kHeadSize * 2 + 4);
+  const int shared_bytes = KeyShape<Variant::kHeadSize>::shared_bytes(p.query_strip);
   return launch(neighbourhood_backward_keys<Variant>, dim3(blocks, p.heads, p.batch), kThreads,
                 shared_bytes, stream, p);
 }

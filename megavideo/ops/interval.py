@@ -14,14 +14,7 @@ from torch import Tensor
 
 from megavideo.layout.intervals import intervals
 from megavideo.layout.rules import Rule
-
-ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
-HEAD_SIZES = (64, 128)
-_ALIGNMENT = 16
-
-
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("sample", "slot", "part", "head")]
+from megavideo.ops.c_call import ELEMENTS, Strides, aligned, call
 
 
 class _Problem(ctypes.Structure):
@@ -33,8 +26,8 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int32) for name in (*_sizes, "dropout")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in (*_layout, "image_qkv", "text_kv")),
-        ("image", _Strides),
-        ("text", _Strides),
+        ("image", Strides),
+        ("text", Strides),
         *((name, ctypes.c_void_p) for name in ("out", "lse")),
         *((name, ctypes.c_void_p) for name in ("grad_out", "delta", "grad_image", "grad_text")),
     ]
@@ -58,11 +51,11 @@ def forward(
         seed: of the dropout; `backward` needs the same.
     """
     batch, slots, _, heads, size = image_qkv.shape
-    image_qkv, text_kv = _aligned(image_qkv), _aligned(text_kv)
+    image_qkv, text_kv = aligned(image_qkv), aligned(text_kv)
     out = image_qkv.new_empty(batch, slots, heads * size)
     lse = image_qkv.new_empty(batch, heads, slots, dtype=torch.float32)
     problem = _problem(image_qkv, text_kv, text_length, rule, dropout, seed, out, lse)
-    _call(library, "megavideo_interval_forward", problem, image_qkv.device)
+    call(library, "megavideo_interval_forward", problem, image_qkv.device)
     return out, lse
 
 
@@ -83,7 +76,7 @@ def backward(
 
     The gradient of text is None unless it is needed: the text tiles cost as much as all others.
     """
-    grad, image_qkv, text_kv = grad.contiguous(), _aligned(image_qkv), _aligned(text_kv)
+    grad, image_qkv, text_kv = aligned(grad.contiguous()), aligned(image_qkv), aligned(text_kv)
     problem = _problem(image_qkv, text_kv, text_length, rule, dropout, seed, out, lse)
     delta = torch.empty_like(lse)
     grad_image = torch.empty_like(image_qkv, memory_format=torch.contiguous_format)
@@ -91,7 +84,7 @@ def backward(
     problem.grad_out, problem.delta = grad.data_ptr(), delta.data_ptr()
     problem.grad_image = grad_image.data_ptr()
     problem.grad_text = grad_text.data_ptr() if text_needs_grad else None
-    _call(library, "megavideo_interval_backward", problem, image_qkv.device)
+    call(library, "megavideo_interval_backward", problem, image_qkv.device)
     return grad_image, grad_text if text_needs_grad else None
 
 
@@ -113,7 +106,7 @@ def _problem(
         *(ELEMENTS[image_qkv.dtype], batch, heads, size, slots, text_kv.shape[1], len(layout[0])),
         *(round(256 * dropout), seed),
         *(tensor.data_ptr() for tensor in tensors),
-        *(_Strides(*image_qkv.stride()[:4]), _Strides(*text_kv.stride()[:4])),
+        *(Strides(*image_qkv.stride()[:4]), Strides(*text_kv.stride()[:4])),
         *(out.data_ptr(), lse.data_ptr()),
     )
 
@@ -122,23 +115,3 @@ def _problem(
 def _layout(rule: Rule, device: torch.device) -> tuple[Tensor, ...]:
     """slots, begin, end, bounds, seen_by; kept, because they are small and used by each layer."""
     return tuple(torch.from_numpy(array).to(device) for array in astuple(intervals(rule)))
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if some row of a head does not start at a multiple of 16 bytes."""
-    size = tensor.element_size()
-    starts = (tensor.data_ptr(), *(stride * size for stride in tensor.stride()[:-1]))
-    rows = tensor.stride(-1) == 1 and all(start % _ALIGNMENT == 0 for start in starts)
-    return tensor if rows else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _call(library: Any, function: str, problem: _Problem, device: torch.device) -> None:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream().cuda_stream
-            status = getattr(library, function)(ctypes.byref(problem), ctypes.c_void_p(stream))
-    else:
-        status = getattr(library, function)(ctypes.byref(problem), None)
-    if status:
-        reason = library.megavideo_error_text(status).decode()
-        raise RuntimeError(f"{function} returned {status}: {reason}")

@@ -1,16 +1,27 @@
-"""A library for ops/interval.py whose kernels run in the emulator and may touch their tensors only.
+"""A library for ops/ whose kernels run in the emulator and may touch their own tensors only.
 
 Stands where the library loaded from nvcc's build would stand, so the callers under test are the
 real ones. Outputs start as NaN.
 """
 
 import ctypes
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from emulated import Counters, Emulator, Fault, Schedule
 
 TILE = 64
 NAN_BYTE = 0xFF
+FAULT = 1000  # kFault of emulator/runtime.h
+
+
+class Region(NamedTuple):
+    """What a kernel may follow a pointer to; outputs are written."""
+
+    name: str
+    pointer: int | None
+    size: int
+    is_output: bool = False
 
 
 class WatchedLibrary:
@@ -24,42 +35,52 @@ class WatchedLibrary:
         self.megavideo_error_text.restype = ctypes.c_char_p
 
     def megavideo_interval_forward(self, problem: Any, stream: None) -> int:
-        outputs = ("out", "lse")
-        return self._call("megavideo_interval_forward", problem, outputs, ())
+        regions = _interval_regions(problem._obj, ("out", "lse"), ())
+        return self._call("megavideo_interval_forward", problem, regions)
 
     def megavideo_interval_backward(self, problem: Any, stream: None) -> int:
         outputs = ("delta", "grad_image", "grad_text")
-        inputs = ("out", "lse", "grad_out")
-        return self._call("megavideo_interval_backward", problem, outputs, inputs)
+        regions = _interval_regions(problem._obj, outputs, ("out", "lse", "grad_out"))
+        return self._call("megavideo_interval_backward", problem, regions)
 
-    def _call(
-        self, function: str, problem: Any, outputs: tuple[str, ...], inputs: tuple[str, ...]
-    ) -> int:
+    def megavideo_neighbourhood_forward(self, problem: Any, stream: None) -> int:
+        regions = _neighbourhood_regions(problem._obj, is_backward=False)
+        return self._call("megavideo_neighbourhood_forward", problem, regions)
+
+    def megavideo_neighbourhood_backward(self, problem: Any, stream: None) -> int:
+        regions = _neighbourhood_regions(problem._obj, is_backward=True)
+        return self._call("megavideo_neighbourhood_backward", problem, regions)
+
+    def _call(self, function: str, problem: Any, regions: Iterator[Region]) -> int:
         self.emulator.reset(self.schedule)
-        layout = ("slots", "begin", "end", "bounds", "seen_by", "text_length")
-        sizes = _bytes_of(problem._obj)
-        for name in (*layout, "image_qkv", "text_kv", *inputs, *outputs):
-            self._allow(name, getattr(problem._obj, name), sizes[name], name in outputs)
+        for region in regions:
+            self._allow(region)
         status: int = getattr(self.emulator.library, function)(problem, None)
         self.emulator.library.emulator_counters(ctypes.byref(self.counters))
         if status == FAULT:
             raise Fault(self.emulator.library.emulator_fault().decode())
         return status
 
-    def _allow(self, name: str, pointer: int | None, size: int, writable: bool) -> None:
-        if pointer is None:
+    def _allow(self, region: Region) -> None:
+        if region.pointer is None:
             return
-        if writable:
-            ctypes.memset(pointer, NAN_BYTE, size)
-        self.emulator.library.emulator_region(
-            name.encode(), ctypes.c_void_p(pointer), ctypes.c_size_t(size), int(writable)
-        )
+        if region.is_output:
+            ctypes.memset(region.pointer, NAN_BYTE, region.size)
+        pointer, size = ctypes.c_void_p(region.pointer), ctypes.c_size_t(region.size)
+        allow = self.emulator.library.emulator_region
+        allow(region.name.encode(), pointer, size, int(region.is_output))
 
 
-FAULT = 1000  # kFault of emulator/runtime.h
+def _interval_regions(
+    p: Any, outputs: tuple[str, ...], inputs: tuple[str, ...]
+) -> Iterator[Region]:
+    layout = ("slots", "begin", "end", "bounds", "seen_by", "text_length")
+    sizes = _interval_bytes(p)
+    for name in (*layout, "image_qkv", "text_kv", *inputs, *outputs):
+        yield Region(name, getattr(p, name), sizes[name], name in outputs)
 
 
-def _bytes_of(p: Any) -> dict[str, int]:
+def _interval_bytes(p: Any) -> dict[str, int]:
     """How far each pointer of a problem may be followed."""
     tiles = p.places // TILE
     rows = p.batch * p.image_slots * p.heads
@@ -71,6 +92,29 @@ def _bytes_of(p: Any) -> dict[str, int]:
     halves["image_qkv"] = _extent(p, p.image, p.image_slots, 3)
     halves["text_kv"] = _extent(p, p.text, p.text_slots, 2)
     return {name: 4 * n for name, n in words.items()} | {name: 2 * n for name, n in halves.items()}
+
+
+def _neighbourhood_regions(p: Any, is_backward: bool) -> Iterator[Region]:
+    queries = p.rows * p.columns
+    rows = p.batch * queries * p.heads
+    yield Region("text_length", p.text_length, 8 * p.batch)
+    yield Region("query", p.query, 2 * _extent(p, p.query_strides, queries, 1))
+    if p.text_slots:
+        yield Region("text_kv", p.text_kv, 2 * _extent(p, p.text_strides, p.text_slots, 2))
+    for i, grid in enumerate(p.grids[: p.num_grids]):
+        keys = grid.rows * grid.columns
+        yield Region(f"grids[{i}].kv", grid.kv, 2 * _extent(p, grid.strides, keys, 2))
+        if is_backward:
+            size = 4 * p.batch * keys * p.heads * p.head_size
+            yield Region(f"grids[{i}].grad_kv", grid.grad_kv, size, is_output=True)
+    yield Region("out", p.out, 2 * rows * p.head_size, not is_backward)
+    yield Region("lse", p.lse, 4 * rows, not is_backward)
+    if is_backward:
+        yield Region("grad_out", p.grad_out, 2 * rows * p.head_size)
+        yield Region("delta", p.delta, 4 * rows, is_output=True)
+        yield Region("grad_query", p.grad_query, 2 * rows * p.head_size, is_output=True)
+        text = 4 * p.batch * p.text_slots * p.heads * p.head_size
+        yield Region("grad_text", p.grad_text, text, is_output=True)
 
 
 def _extent(p: Any, strides: Any, slots: int, parts: int) -> int:

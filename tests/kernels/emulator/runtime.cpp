@@ -22,7 +22,7 @@ unsigned block_size;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kMaxSharedBytes = 227 << 10;  // sm_90; sm_80 has 163 KiB
+constexpr size_t kMaxSharedBytes = 163 << 10;  // sm_80; sm_90 has 227 KiB
 constexpr Shared kSharedBase = 1024;           // not 0, so that a forgotten base is out of bounds
 constexpr int kUnit = 4;                       // bytes of shared memory that are watched as one
 
