@@ -88,10 +88,11 @@ def test_resuming_is_a_shift(micro_batch: int, ranks: int, done: int, rank: int)
     assert resumed == micro_step_positions(0, done + 2, micro_batch, rank, ranks)
 
 
-def test_substitutes_are_samples_and_differ_by_attempt() -> None:
+def test_substitutes_are_samples_and_differ_by_position_and_attempt() -> None:
     order = order_of([50] * 4)
     chosen = [order.substitute(17, attempt) for attempt in range(1, 9)]
     assert chosen == [order_of([50] * 4).substitute(17, attempt) for attempt in range(1, 9)]
+    assert len({order.substitute(position, 1) for position in range(30)}) > 20
     assert len(set(chosen)) > 4 and all(0 <= sample < 200 for sample in chosen)
 
 
