@@ -17,9 +17,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+class StderrHandler(logging.StreamHandler):
+    """Writes to what sys.stderr is at the moment: a live bar replaces it to make room for lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Log to stderr; ranks other than 0 report warnings only, so that a message appears once."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     prefix = f"[rank {rank()}] " if "RANK" in os.environ else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
