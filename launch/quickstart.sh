@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# MegaVideo's main job, small: from video files to a two-stage text-to-video model and a report.
+# Each step is an ordinary command, printed before it runs: repeat it on your own videos.
+# Usage: launch/quickstart.sh [FOLDER]      (default runs/demo; finished steps are not done again)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=${1:-runs/demo}
+processes=2
+
+# Two training processes share the cores; without this each would start a thread for every core.
+export OMP_NUM_THREADS=$(( ($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes ))
+
+show() {
+    printf '\n\033[1m[%4ds] $ %s\033[0m\n' "$SECONDS" "$*"
+    "$@"
+}
+
+train() {   # train NAME RECIPE ARGUMENTS...
+    local name=$1 recipe=$2
+    shift 2
+    show torchrun --standalone --nproc-per-node $processes -m megavideo train \
+        configs/model/demo.yaml "configs/recipe/demo-$recipe.yaml" configs/parallel/laptop.yaml \
+        configs/data/demo.yaml --set "data.train=$run/tokens/train" \
+        --set "data.validation=$run/tokens/validation" --set "data.text_tokenizer=$run/text.model" \
+        --set "run.directory=$run/$name" "$@"
+}
+
+held_out() {   # held_out NAME right|shuffled [--shuffle-captions]
+    local name=$1 captions=$2
+    shift 2
+    show megavideo evaluate "$run/$name/config.yaml" --checkpoint "$run/$name" "$@" \
+        --json "$run/$name/held-out-$captions.json"
+}
+
+mkdir -p "$run"
+
+# Videos, as anybody has them: files and a table of captions.
+show megavideo render-clips --out "$run/clips" --count 600
+
+# Tokenizers for text and frames.
+show megavideo train-text-tokenizer "$run/clips/captions.csv" --vocab-size 400 --out "$run/text.model"
+show megavideo train-image-tokenizer "$run/clips" --size 64 --out "$run/image.safetensors" \
+    --preview "$run/report/image-tokenizer.png"
+
+# Offline tokenisation into WebDataset shards; a tenth of the captions is held out.
+show megavideo tokenize-videos "$run/clips/captions.csv" "$run/tokens" --size 64 --holdout 0.1 \
+    --clips-per-shard 128 --text-tokenizer "$run/text.model" --image-tokenizer "$run/image.safetensors"
+show megavideo build-index "$run/tokens/train" "$run/tokens/validation"
+show megavideo verify-shards "$run/tokens/train" "$run/tokens/validation"
+show megavideo inspect-shards "$run/tokens/train" --text-tokenizer "$run/text.model" \
+    --image-tokenizer "$run/image.safetensors" --png "$run/report/shards.png"
+
+# A text-to-image base on single frames. It is what both video stages then keep frozen.
+train base base
+# Stage 1: keyframes in sequence. Stage 2: interpolation, starting from stage 1's temporal channel.
+train stage1 stage1 --set "recipe.base=$run/base"
+train stage2 stage2 --set "recipe.base=$run/base" --set "recipe.start_from=$run/stage1"
+
+# Do they read their text? The same held-out clips with right and with other clips' captions.
+for name in base stage1 stage2; do
+    held_out $name right
+    held_out $name shuffled --shuffle-captions
+done
+
+show megavideo report "$run/base" "$run/stage1" "$run/stage2" --output "$run/report" \
+    --image-tokenizer "$run/image.safetensors"
+printf '\nDone in %d s. Look at %s/report/report.md\n' "$SECONDS" "$run"
