@@ -1,12 +1,13 @@
 """Find, build and load libmegavideo, the CUDA kernels behind kernels/include/megavideo.h.
 
 Looked for in this order: the file that MEGAVIDEO_LIBRARY names; a build beside the kernel sources
-(by `make -C kernels`, or by pip where it found nvcc), unless a source is newer; a build of these
-very sources in the user's cache folder, made on first use if there is an nvcc.
+(by `make -C kernels`, or by pip where it found nvcc), if it is of these very sources; such a build
+in the user's cache folder, made on first use if there is an nvcc.
 """
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,12 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import xxhash
 
 from megavideo.log import log
 
 ABI = 1  # MEGAVIDEO_ABI of megavideo.h
 NAME = "libmegavideo.so"
+STAMP = "sources.sha256"
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -60,10 +61,11 @@ def find() -> Path:
             raise LibraryError(f"MEGAVIDEO_LIBRARY={named} does not exist")
         return Path(named)
     folder = _kernel_folder()
-    built = folder / "build" / NAME
-    if built.is_file() and built.stat().st_mtime >= _newest_change(folder):
+    digest = _digest(folder)
+    built, stamp = folder / "build" / NAME, folder / "build" / STAMP
+    if built.is_file() and stamp.is_file() and stamp.read_text().strip() == digest:
         return built
-    return _cached(folder)
+    return _cached(folder, digest)
 
 
 def _kernel_folder() -> Path:
@@ -76,25 +78,18 @@ def _kernel_folder() -> Path:
     )
 
 
-def _sources(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for pattern in ("Makefile", "**/*.cu", "**/*.cuh", "**/*.h")
-        for path in folder.glob(pattern)
-    )
+def _digest(folder: Path) -> str:
+    """Of all that the library is built from; the Makefile leaves the same beside its build."""
+    patterns = ("Makefile", "*.cu", "*.cuh", "include/*.h", "local_attention/*.cu*")
+    names = {path.relative_to(folder).as_posix() for p in patterns for path in folder.glob(p)}
+    content = b"".join((folder / name).read_bytes() for name in sorted(names))
+    return hashlib.sha256(content).hexdigest()
 
 
-def _newest_change(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in _sources(folder))
-
-
-def _cached(folder: Path) -> Path:
+def _cached(folder: Path, digest: str) -> Path:
     """The build of `folder`'s sources in the user's cache, for this machine's GPUs."""
     architectures = _architectures()
-    digest = xxhash.xxh3_128(architectures.encode())
-    for path in _sources(folder):
-        digest.update(path.read_bytes())
-    cache = _private_folder() / digest.hexdigest()
+    cache = _private_folder() / f"{digest[:32]}-sm{architectures.replace(' ', '-')}"
     library = cache / NAME
     if not library.is_file():
         nvcc = _nvcc()

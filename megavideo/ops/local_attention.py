@@ -1,18 +1,16 @@
 """`local_attention`: the one entry to image attention, and the torch operator behind it.
 
-Operator `megavideo::local_attention` means what reference.py computes, on every device. Without
-dropout, FlexAttention (GPU) and SDPA per block (CPU) compute the same faster; which one a run uses
-is logged once.
+Operator `megavideo::local_attention` means what reference.py computes; its argument `backend` says
+whether that file or the CUDA kernels compute it. FlexAttention and SDPA are differentiable torch
+code and need no operator. backends.py chooses.
 """
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from megavideo.layout.rules import Rule, decode_rule, encode_rule
-from megavideo.log import log
-from megavideo.ops import reference
+from megavideo.ops import interval, library, reference
+from megavideo.ops.backends import choose
 from megavideo.ops.flex import flex_local_attention
 from megavideo.ops.sdpa import sdpa_local_attention
 
@@ -35,38 +33,34 @@ def local_attention(
 
     Returns: [B, V, H*D].
     """
-    backend = _backend(image_qkv.device.type, image_qkv.dtype, dropout > 0)
+    backend = choose(image_qkv.device.type, image_qkv.dtype, image_qkv.shape[-1], dropout > 0)
     if backend == "flex":
         return flex_local_attention(image_qkv, text_kv, text_length, rule)
     if backend == "sdpa":
         return sdpa_local_attention(image_qkv, text_kv, text_length, rule)
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
-    return _operator(image_qkv, text_kv, text_length, encode_rule(rule), dropout, seed)[0]
-
-
-@lru_cache(maxsize=16)
-def _backend(device: str, dtype: torch.dtype, dropout: bool) -> str:
-    backend = "reference"
-    if not dropout and device == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        backend = "flex"
-    elif not dropout and device == "cpu" and dtype == torch.float32:
-        backend = "sdpa"
-    noise = "with" if dropout else "without"
-    log.info("attention on %s, %s, %s dropout: %s", device, dtype, noise, backend)
-    return backend
+    name = encode_rule(rule)
+    return _operator(image_qkv, text_kv, text_length, name, dropout, seed, backend)[0]
 
 
 @torch.library.custom_op("megavideo::local_attention", mutates_args=())
 def _operator(
-    image_qkv: Tensor, text_kv: Tensor, text_length: Tensor, rule: str, dropout: float, seed: Tensor
+    image_qkv: Tensor,
+    text_kv: Tensor,
+    text_length: Tensor,
+    rule: str,
+    dropout: float,
+    seed: Tensor,
+    backend: str = "reference",
 ) -> tuple[Tensor, Tensor]:
-    return reference.forward(image_qkv, text_kv, text_length, decode_rule(rule), dropout, int(seed))
+    arguments = (image_qkv, text_kv, text_length, decode_rule(rule), dropout, int(seed))
+    if backend == "library":
+        return interval.forward(library.load(), *arguments)
+    return reference.forward(*arguments)
 
 
 @_operator.register_fake
-def _(
-    image_qkv: Tensor, text_kv: Tensor, text_length: Tensor, rule: str, dropout: float, seed: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(image_qkv, text_kv, text_length, rule, dropout, seed, backend="reference"):  # type: ignore[no-untyped-def]
     batch, slots, _, heads, size = image_qkv.shape
     wide = torch.promote_types(image_qkv.dtype, torch.float32)
     return (
@@ -82,31 +76,66 @@ def _backward_operator(
     text_kv: Tensor,
     text_length: Tensor,
     lse: Tensor,
+    out: Tensor | None,
     rule: str,
     dropout: float,
     seed: Tensor,
+    backend: str,
+    text_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    return reference.backward(
-        grad, image_qkv, text_kv, text_length, lse, decode_rule(rule), dropout, int(seed)
-    )
+    """Gradients of image_qkv and text_kv; the latter is empty unless needed.
+
+    `out` is for the kernels: with it they need no first pass over all keys.
+    """
+    given, noise = (image_qkv, text_kv, text_length), (decode_rule(rule), dropout, int(seed))
+    grad_text: Tensor | None
+    if backend == "library":
+        assert out is not None
+        grad_image, grad_text = interval.backward(
+            library.load(), grad, *given, out, lse, *noise, text_needs_grad
+        )
+    else:
+        grad_image, grad_text = reference.backward(grad, *given, lse, *noise)
+    if grad_text is None or not text_needs_grad:
+        grad_text = text_kv.new_empty(0)
+    return grad_image, grad_text
 
 
 @_backward_operator.register_fake
-def _(grad, image_qkv, text_kv, text_length, lse, rule, dropout, seed):  # type: ignore[no-untyped-def]
-    return torch.empty_like(image_qkv), torch.empty_like(text_kv)
+def _(  # type: ignore[no-untyped-def]
+    grad,
+    image_qkv,
+    text_kv,
+    text_length,
+    lse,
+    out,
+    rule,
+    dropout,
+    seed,
+    backend,
+    text_needs_grad,
+):
+    grad_text = torch.empty_like(text_kv, memory_format=torch.contiguous_format)
+    return (
+        torch.empty_like(image_qkv, memory_format=torch.contiguous_format),
+        grad_text if text_needs_grad else text_kv.new_empty(0),
+    )
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    image_qkv, text_kv, text_length, ctx.rule, ctx.dropout, seed = inputs
-    ctx.save_for_backward(image_qkv, text_kv, text_length, output[1], seed)
+    image_qkv, text_kv, text_length, ctx.rule, ctx.dropout, seed, ctx.backend = inputs
+    out, lse = output
+    kept = out if ctx.backend == "library" else None
+    ctx.save_for_backward(image_qkv, text_kv, text_length, lse, kept, seed)
 
 
 def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
-    image_qkv, text_kv, text_length, lse, seed = ctx.saved_tensors
+    *tensors, seed = ctx.saved_tensors
+    text_needs_grad = ctx.needs_input_grad[1]
     grad_image, grad_text = _backward_operator(
-        grad, image_qkv, text_kv, text_length, lse, ctx.rule, ctx.dropout, seed
+        grad, *tensors, ctx.rule, ctx.dropout, seed, ctx.backend, text_needs_grad
     )
-    return grad_image, grad_text, None, None, None, None
+    return grad_image, grad_text if text_needs_grad else None, None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,93 @@
+"""Which backend is taken, and what is said about it."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megavideo.ops import backends, library
+from megavideo.ops.backends import choose
+from megavideo.ops.library import LibraryError
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choices are made once a process: forget them, before and after."""
+    monkeypatch.delenv("MEGAVIDEO_ATTENTION", raising=False)
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+def with_library(monkeypatch: pytest.MonkeyPatch, disagreement: str = "") -> None:
+    monkeypatch.setattr(library, "load", lambda: object())
+    monkeypatch.setattr(backends, "disagreement", lambda *given: disagreement)
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise LibraryError("no nvcc")
+
+    monkeypatch.setattr(library, "load", load)
+
+
+def test_the_kernels_are_taken_on_a_gpu_with_and_without_dropout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_library(monkeypatch)
+    assert choose("cuda", torch.bfloat16, 64, True) == "library"
+    assert choose("cuda", torch.float16, 128, False) == "library"
+
+
+def test_what_the_kernels_cannot_do_goes_to_others_with_the_reason_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_library(monkeypatch)
+    monkeypatch.setattr(logging.getLogger("megavideo"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="megavideo"):
+        assert choose("cuda", torch.bfloat16, 32, False) == "flex"
+        assert choose("cuda", torch.float32, 64, True) == "reference"
+    assert "flex; not library (needs head size 64 or 128)" in caplog.text
+    assert "not library (needs bfloat16 or float16); not flex (has no dropout)" in caplog.text
+
+
+def test_a_missing_or_wrong_library_is_passed_over_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megavideo"), "propagate", True)
+    without_library(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="megavideo"):
+        assert choose("cuda", torch.bfloat16, 64, False) == "flex"
+        choose.cache_clear()
+        with_library(monkeypatch, disagreement="its output differs")
+        assert choose("cuda", torch.bfloat16, 64, False) == "flex"
+    assert "not library (no nvcc)" in caplog.text
+    assert "not library (its output differs)" in caplog.text
+
+
+def test_a_cpu_takes_sdpa_for_float32_and_the_reference_for_the_rest() -> None:
+    assert choose("cpu", torch.float32, 8, False) == "sdpa"
+    assert choose("cpu", torch.float64, 8, False) == "reference"
+    assert choose("cpu", torch.float32, 8, True) == "reference"
+
+
+def test_one_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAVIDEO_ATTENTION", "reference")
+    assert choose("cpu", torch.float32, 8, False) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fast", "MEGAVIDEO_ATTENTION=fast is none of library, flex, sdpa, reference"),
+        ("library", "MEGAVIDEO_ATTENTION=library: needs a CUDA device"),
+        ("sdpa", "MEGAVIDEO_ATTENTION=sdpa: needs float32 on a CPU"),
+    ],
+)
+def test_a_backend_that_cannot_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setenv("MEGAVIDEO_ATTENTION", name)
+    with pytest.raises(ValueError, match=message):
+        choose("cpu", torch.float64, 64, False)
