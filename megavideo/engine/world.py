@@ -24,7 +24,7 @@ class World:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over all ranks, on the CPU."""
-        values = values.to(self.device)
+        values = values.to(self.device, copy=True)
         dist.all_reduce(values)
         return values.cpu()
 
@@ -36,8 +36,8 @@ class World:
         """Call `function` on rank 0 only and give its result to every rank.
 
         Raises:
-            Whatever `function` raised, on rank 0; the others leave with exit status 2, so that a
-            user's mistake is told once.
+            Whatever `function` raised, on rank 0. That ends the world: the other ranks exit with
+            status 2, so that a user's mistake is told once.
         """
         outcome: list[tuple[bool, T | None]] = [(False, None)]
         error = None
@@ -47,9 +47,11 @@ class World:
             except Exception as caught:  # raised below, once the other ranks know
                 error = caught
         dist.broadcast_object_list(outcome, src=0, device=self.device)
+        succeeded, result = outcome[0]
+        if not succeeded and self.size > 1:
+            dist.destroy_process_group()  # left alone, gloo's threads sometimes abort the exit
         if error is not None:
             raise error
-        succeeded, result = outcome[0]
         if not succeeded:
             sys.exit(2)
         return result  # type: ignore[return-value]
