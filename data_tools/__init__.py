@@ -1,1 +1,1 @@
-"""Programs of the offline data pipeline: `megavideo render-clips`, `megavideo tokenize-videos`, ..."""
+"""Programs of the offline data pipeline, from `render-clips` to `verify-shards`."""

@@ -7,9 +7,6 @@ cd "$(dirname "$0")/.."
 run=${1:-runs/demo}
 processes=2
 
-# Two training processes share the cores; without this each would start a thread for every core.
-export OMP_NUM_THREADS=$(( ($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes ))
-
 show() {
     printf '\n\033[1m[%4ds] $ %s\033[0m\n' "$SECONDS" "$*"
     "$@"
@@ -18,6 +15,8 @@ show() {
 train() {   # train NAME RECIPE ARGUMENTS...
     local name=$1 recipe=$2
     shift 2
+    # The processes share the cores; without this each would start a thread for every core.
+    local -x OMP_NUM_THREADS=$(( ($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes ))
     show torchrun --standalone --nproc-per-node $processes -m megavideo train \
         configs/model/demo.yaml "configs/recipe/demo-$recipe.yaml" configs/parallel/laptop.yaml \
         configs/data/demo.yaml --set "data.train=$run/tokens/train" \
@@ -38,16 +37,17 @@ mkdir -p "$run"
 show megavideo render-clips --out "$run/clips" --count 600
 
 # Tokenizers for text and frames.
-show megavideo train-text-tokenizer "$run/clips/captions.csv" --vocab-size 400 --out "$run/text.model"
-show megavideo train-image-tokenizer "$run/clips" --size 64 --out "$run/image.safetensors" \
-    --preview "$run/report/image-tokenizer.png"
+show megavideo train-text-tokenizer "$run/clips/captions.csv" --vocab-size 512 --out "$run/text.model"
+show megavideo train-image-tokenizer "$run/clips" --out "$run/image.safetensors" --size 64 \
+    --channels 8 --z-channels 32 --codes 256 --steps 700 --batch 8 --crop 32 --frames 6000 \
+    --learning-rate 4e-3 --preview "$run/report/image-tokenizer.png"
 
 # Offline tokenisation into WebDataset shards; a tenth of the captions is held out.
 show megavideo tokenize-videos "$run/clips/captions.csv" "$run/tokens" --size 64 --holdout 0.1 \
     --clips-per-shard 128 --text-tokenizer "$run/text.model" --image-tokenizer "$run/image.safetensors"
 show megavideo build-index "$run/tokens/train" "$run/tokens/validation"
 show megavideo verify-shards "$run/tokens/train" "$run/tokens/validation"
-show megavideo inspect-shards "$run/tokens/train" --text-tokenizer "$run/text.model" \
+show megavideo inspect-shards "$run/tokens/train" \
     --image-tokenizer "$run/image.safetensors" --png "$run/report/shards.png"
 
 # A text-to-image base on single frames. It is what both video stages then keep frozen.

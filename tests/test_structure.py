@@ -19,6 +19,7 @@ ALLOWED = {
     "engine": {"config", "layout", "model", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
     "verify": {"config", "layout", "model", "data", "checkpoint", "engine"},
+    "report": {"config", "layout", "model", "data", "checkpoint", "engine", "train"},
     "data_tools": {"config", "layout", "data"},
 }
 SHARED = {"log", "files"}

@@ -1,0 +1,1 @@
+"""What a person wants to see of finished runs: curves, predicted frames, one page of figures."""

@@ -1,0 +1,108 @@
+"""`megavideo report`: loss curves, predicted frames and one page of figures about finished runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from megavideo.data.image_tokenizer import ImageTokenizer
+from megavideo.files import atomic_path, atomic_write
+from megavideo.log import log
+from megavideo.report.curves import draw_losses
+from megavideo.report.predictions import draw_predictions
+from megavideo.report.runs import FinishedRun, open_run
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
+@click.option("--output", required=True, type=FOLDER, help="Folder for report.md and pictures.")
+@click.option(
+    "--image-tokenizer", type=FOLDER, help="Draws predicted frames of runs with held-out data."
+)
+@click.option("--samples", default=4, show_default=True, help="Held-out samples to draw per run.")
+def main(runs: tuple[Path, ...], output: Path, image_tokenizer: Path | None, samples: int) -> None:
+    """Write a report about RUNS (folders of `megavideo train`) into a folder.
+
+    It holds loss curves, what each run reached and how fast, whether its frozen weights are what
+    they were, and the held-out loss with right and with shuffled captions where `megavideo evaluate
+    --json RUN/held-out-right.json` (and -shuffled) was run before.
+
+    \b
+    Example:
+      megavideo report runs/stage1 runs/stage2 --output runs/report \\
+          --image-tokenizer data/image.safetensors
+    """
+    opened = [open_run(folder) for folder in runs]
+    draw_losses(opened, output / "losses.png")
+    pictures = {}
+    if image_tokenizer is not None:
+        tokenizer = ImageTokenizer.load(image_tokenizer).eval()
+        for run in opened:
+            if run.config.data.validation is not None:
+                pictures[run.name] = f"predictions-{run.name}.png"
+                with atomic_path(output / pictures[run.name]) as temporary:
+                    draw_predictions(run, tokenizer, samples).save(temporary)
+    with atomic_write(output / "report.md") as file:
+        file.write(_page(opened, pictures).encode())
+    log.info("wrote %s", output / "report.md")
+
+
+def _page(runs: Sequence[FinishedRun], pictures: dict[str, str]) -> str:
+    sections = ["# Training report", "![loss curves](losses.png)", _figures(runs)]
+    sections += [_captions(runs), _frozen(runs)]
+    sections += [
+        f"## Predicted frames: {name}\n\n![{name}]({file})" for name, file in pictures.items()
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _figures(runs: Sequence[FinishedRun]) -> str:
+    rows = [
+        [
+            run.name,
+            run.config.recipe.stage,
+            f"{run.manifest.progress.step}",
+            f"{run.last('loss'):.3f}",
+            f"{run.typical('tokens_per_s'):,.0f}",
+            f"{run.typical('clips_per_s'):.1f}",
+            f"{run.typical('data_wait_share'):.1%}",
+        ]
+        for run in runs
+    ]
+    heads = ["run", "stage", "steps", "training loss", "tokens/s", "clips/s", "waiting for data"]
+    return "## Figures\n\n" + _table(heads, rows)
+
+
+def _captions(runs: Sequence[FinishedRun]) -> str:
+    rows = []
+    for run in runs:
+        if {"right", "shuffled"} <= run.evaluations.keys():
+            right, shuffled = (run.evaluations[key]["loss"] for key in ("right", "shuffled"))
+            samples = str(run.evaluations["right"]["samples"])
+            difference = f"{shuffled - right:+.4f}"
+            rows.append([run.name, samples, f"{right:.4f}", f"{shuffled:.4f}", difference])
+    if not rows:
+        return ""
+    heads = ["run", "samples", "right captions", "shuffled captions", "difference"]
+    about = "A model that reads its text loses when every sample gets another one's caption."
+    return f"## Held-out loss\n\n{about}\n\n" + _table(heads, rows)
+
+
+def _frozen(runs: Sequence[FinishedRun]) -> str:
+    rows = []
+    for run in runs:
+        before, after = run.base_digest_before(), run.manifest.base
+        if before is not None:
+            verdict = "equal" if before == after else "**CHANGED**"
+            rows.append([run.name, f"`{before}`", f"`{after}`", verdict])
+    if not rows:
+        return ""
+    about = "Digest (xxh3-128) of all frozen weights, before training and at the last save."
+    return f"## Frozen weights\n\n{about}\n\n" + _table(["run", "before", "after", ""], rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
