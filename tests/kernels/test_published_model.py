@@ -50,7 +50,6 @@ def test_published_arrays_are_reproduced_by_the_kernels(
     monkeypatch.setattr(library_module, "load", lambda: kernels)
     monkeypatch.setattr(attention, "local_attention", by_kernels)
     rows = list(command._array_rows(VECTORS / f"{case}.v.npz", []))
-    context = [row for row in rows if "ctx_temporal" in row.quantity]
-    assert context and all(row.error > 1e-6 for row in context), "the kernels were not used"
+    assert kernels.counters.mma > 0
     worst = max(rows, key=lambda row: row.error)
     assert worst.error < TOLERANCE, worst
