@@ -10,13 +10,20 @@
 // Seven products instead of the five of a single pass, but no float32 buffer of dQ, no atomics, no
 // conversion, and the same bits in each run.
 //
-// Napkin math, CogVideo's stage 1 as in interval_forward.cu: q, k, v, o, do, dq, dk, dv are 413 MB,
-// read and written once 135 us; products of both passes 92 GF (spatial, 116 us) to 367 GF (dense
-// causal, 465 us at 790 TFLOP/s). Text keys are seen by all V queries, image keys by at most as
-// many as their block has: text tiles are the longest blocks and go first. Where text needs no
-// gradient (the frozen channel) they are not launched.
-// Shared memory: 48 KiB (D = 64) and 96 KiB (128) by queries, 50 and 65 KiB by keys; two blocks on a
-// multiprocessor.
+// Napkin math, CogVideo's stage 1 as in interval_forward.cu: q, k, v, o, do, dq, dk, dv are 406 MB,
+// read and written once 135 us, and 68 us more because the second pass reads q, k, v and do again;
+// products of both passes 92 GF (spatial, 116 us) to 367 GF (dense causal, 465 us at 790 TFLOP/s).
+//
+// Text keys are seen by all V queries, image keys by at most as many as their block has: text tiles
+// are the longest blocks and go first. Where text needs no gradient (the frozen channel) they are
+// not launched.
+//
+// By queries: 168 registers and 48 KiB (D = 64), 255 and 96 KiB (128); three and two blocks on a
+// multiprocessor. By keys: 249 and 50 KiB, 255 and 65 KiB; two. No spills.
+//
+// A single pass that adds dQ to a float32 buffer with atomics is left out on paper: in dense stage 1
+// it would save two products (105 GF, 0.45 ms at 230 TFLOP/s) for 1.6 GB of reductions, so it would
+// lose unless L2 retired them at 3.6 TB/s; and its bits would vary.
 #include <type_traits>
 
 #include "interval.cuh"
@@ -41,6 +48,7 @@ __device__ __forceinline__ void probabilities_of_rows(float (&scores)[N][4],
 
 template <int HeadSize>
 struct QueryShape {
+  static constexpr int kBlocks = HeadSize == 64 ? 3 : 2;  // Per multiprocessor.
   static constexpr int kQueries = 16 * kWarps;
   static constexpr int kTileBytes = kTile * HeadSize * 2;
   static constexpr int kStageBytes = 2 * kTileBytes;
@@ -60,7 +68,7 @@ __device__ __forceinline__ void exchange_statistics(const Problem& p, int64_t of
 }
 
 template <class Variant>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, QueryShape<Variant::kHeadSize>::kBlocks)
     interval_backward_queries(const __grid_constant__ Problem p) {
   using Element = typename Variant::Element;
   constexpr int kHeadSize = Variant::kHeadSize;

@@ -10,12 +10,13 @@
 // some of them do not see whole; padding and text length are masked in text tiles alone.
 //
 // Napkin math, CogVideo's stage 1 (B = 4, H = 48, D = 64, V = 2000, T = 64) on an H100 at 790
-// TFLOP/s and 3.0 TB/s; q, k, v and o are 206 MB together, 68 us. FLOPs as the mask needs:
+// TFLOP/s and 3.0 TB/s; q, k, v and o are 203 MB together, 68 us. FLOPs as the mask needs:
 //   spatial, 26 GF: 33 us, memory-bound;  dense causal, 105 GF: 132 us, bound by arithmetic;
 //   shifted windows, 20-40 GF: 26-50 us, memory-bound.
 // Each warp has 32 queries for D = 64, because a fragment of keys that is read from shared memory
 // (256 B) then feeds two products; with 16 queries shared memory would be the bound.
-// Two stages of keys and values: 48 KiB (D = 64), 80 KiB (128), for two blocks on a multiprocessor.
+// Two stages of keys and values: 48 KiB (D = 64), 80 KiB (128), and at most 255 and 238 registers for
+// two blocks on a multiprocessor. No spills.
 #include "interval.cuh"
 
 namespace megavideo {
