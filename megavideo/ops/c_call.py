@@ -25,6 +25,21 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if rows else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def dropout_threshold(dropout: float) -> int:
+    """How many of 256 values of a random byte drop a probability.
+
+    Raises:
+        ValueError: if no byte would, or all: then the kernels cannot do what was asked.
+    """
+    threshold = round(256 * dropout)
+    if dropout and not 0 < threshold < 256:
+        raise ValueError(
+            f"attention dropout {dropout} rounds to {threshold}/256 in the kernels; use 0, or from "
+            "0.002 to 0.998, or MEGAVIDEO_ATTENTION=reference"
+        )
+    return threshold
+
+
 def call(library: Any, function: str, problem: ctypes.Structure, device: torch.device) -> None:
     """Run a function of `library` on torch's stream; raises RuntimeError if it reports an error."""
     if device.type == "cuda":

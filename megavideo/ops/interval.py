@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megavideo.layout.intervals import intervals
 from megavideo.layout.rules import Rule
-from megavideo.ops.c_call import ELEMENTS, Strides, aligned, call
+from megavideo.ops.c_call import ELEMENTS, Strides, aligned, call, dropout_threshold
 
 
 class _Problem(ctypes.Structure):
@@ -104,7 +104,7 @@ def _problem(
     tensors = (*layout, text_length, image_qkv, text_kv)
     return _Problem(
         *(ELEMENTS[image_qkv.dtype], batch, heads, size, slots, text_kv.shape[1], len(layout[0])),
-        *(round(256 * dropout), seed),
+        *(dropout_threshold(dropout), seed),
         *(tensor.data_ptr() for tensor in tensors),
         *(Strides(*image_qkv.stride()[:4]), Strides(*text_kv.stride()[:4])),
         *(out.data_ptr(), lse.data_ptr()),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megavideo.layout.neighbourhood import NeighbourhoodRule
-from megavideo.ops.c_call import ELEMENTS, Strides, aligned, call
+from megavideo.ops.c_call import ELEMENTS, Strides, aligned, call, dropout_threshold
 
 MAX_GRIDS = 2
 
@@ -118,7 +118,7 @@ def _problem(
     assert text_length.dtype == torch.int64 and text_length.is_contiguous()
     return _Problem(
         *(ELEMENTS[query.dtype], batch, heads, size, rows, columns, text_kv.shape[1]),
-        *(len(grids), round(256 * dropout), seed, text_length.data_ptr()),
+        *(len(grids), dropout_threshold(dropout), seed, text_length.data_ptr()),
         *(query.data_ptr(), Strides(sample, slot, 0, head)),
         *(text_kv.data_ptr(), Strides(*text_kv.stride()[:4])),
         (_Grid * MAX_GRIDS)(*(_grid(rule, kv) for rule, kv in zip(rules, grids, strict=True))),

@@ -210,5 +210,6 @@ def test_arguments_outside_the_limits_are_refused() -> None:
     image, text, length = case.inputs()
     with pytest.raises(RuntimeError, match="megavideo_interval_forward returned 1"):
         interval.forward(library(), image[..., :32], text[..., :32], length, case.rule, 0.0, 0)
-    with pytest.raises(RuntimeError, match="returned 1"):
-        interval.forward(library(), image, text, length, case.rule, 1.0, 0)
+    for dropout in (0.001, 1.0):
+        with pytest.raises(ValueError, match=f"attention dropout {dropout} rounds to"):
+            interval.forward(library(), image, text, length, case.rule, dropout, 0)
