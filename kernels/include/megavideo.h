@@ -86,8 +86,8 @@ typedef struct {
 typedef struct {
   int32_t element;
   int32_t batch, heads, head_size; /* as above */
-  int32_t rows, columns;           /* Q = rows * columns; each of all grids at most 255 */
-  int32_t text_slots;              /* T, 0..2040; without text, text_length is not read */
+  int32_t rows, columns;           /* Q = rows * columns; each of all grids at most 192 */
+  int32_t text_slots;              /* T, 0..1536; without text, text_length is not read */
   int32_t num_grids;               /* 1 or 2 */
   int32_t dropout;                 /* as above */
   uint64_t seed;

@@ -70,7 +70,7 @@ int most_seeing(const Axis& axis, int keys) {
   return least(axis.queries, (keys + axis.before + axis.after) * axis.ratio);
 }
 
-// Add a source, and grow the tiles to what it needs. A strip has at least one row: kMaxSide fits.
+// Add a source, and grow the tiles to what it needs.
 void add(NeighbourhoodProblem& p, Source source, int& number) {
   const int keys = most_seen(source.rows, kBlockSide) * most_seen(source.columns, kBlockSide);
   const int queries =

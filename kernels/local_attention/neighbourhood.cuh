@@ -18,12 +18,11 @@ constexpr int kPatch = kPatchSide * kPatchSide;  // The m16 of a product.
 constexpr int kBlockRows = kBlockSide * kBlockSide;
 constexpr int kMaxSources = 3;
 constexpr int kTextColumns = 8;
-// Rows of a tile at most: 8x8 queries and 9x9 windows make one strip, 72 KiB with D = 64.
-constexpr int kMaxStrip = 256;
-
-// Greatest number of rows or columns of a grid. Then all products of coordinates and ratios are below
-// 65536, which the divisions by multiplication and the numbers of dropout rely on.
-constexpr int kMaxSide = 255;
+// Rows of a tile at most: 8x8 queries with 9x5 windows make one strip, 56 KiB with D = 64.
+constexpr int kMaxStrip = 192;
+// Greatest number of rows or columns of a grid: a strip has at least one row. All products of
+// coordinates and ratios are below 65536, which the divisions by multiplication rely on.
+constexpr int kMaxSide = kMaxStrip;
 
 struct Range {
   int begin, end;

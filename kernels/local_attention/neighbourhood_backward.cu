@@ -12,9 +12,7 @@
 // 236 us at 3.0 TB/s; 28 GF exact in seven products, 59 GF computed, 75 us at 790 TFLOP/s:
 // memory-bound. Text keys are seen by all Q queries: their blocks are few and long and go first.
 // Cells of a coarser grid are seen by ratio^2 times as many queries as keys of the queries' own grid.
-// Shared memory, D = 64: 64 KiB by queries (9x5), up to 74 KiB by keys: three blocks.
-#include <type_traits>
-
+// Shared memory, D = 64, 9x5: 64 KiB by queries, 66 KiB by keys; three blocks on a multiprocessor.
 #include "neighbourhood.cuh"
 
 namespace megavideo {
@@ -110,19 +108,14 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
 
 // ---- by keys ----
 
-// Registers have room for a patch's keys with D = 64, and never for its values: what stays in a tile
-// is read at each use.
+// Shared memory of a block: its keys and values, which stay because registers are short, then the
+// queries, gradients of outputs, lse and delta of a strip.
 template <int HeadSize>
 struct KeyShape {
-  static constexpr bool kKeysStay = HeadSize == 128;
-  using Keys = std::conditional_t<kKeysStay, LeftRowsInTile<HeadSize>, LeftRows<HeadSize>>;
   static constexpr int kRowBytes = 2 * HeadSize;
   static constexpr int kTileBytes = kBlockRows * kRowBytes;
 
-  // Queries, gradients of outputs, lse and delta of a strip; values; keys.
-  static int shared_bytes(int strip) {
-    return 2 * strip * (kRowBytes + 4) + (kKeysStay ? 2 : 1) * kTileBytes;
-  }
+  static int shared_bytes(int strip) { return 2 * kTileBytes + 2 * strip * (kRowBytes + 4); }
 };
 
 // The source and the number of the 8x8 keys of a block; blocks of all sources form one row.
@@ -226,13 +219,12 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   const int rows = source.rows.size, columns = source.columns.size;
   const Range real = real_slots(p, source, sample);
   const KeyPatch patch{p, source, real, PatchSlots(block.index, rows, columns, {0, source.slots})};
-  const Shared value_tile = shared_base();
-  const Shared query_tile = value_tile + (Shape::kKeysStay ? 2 : 1) * Shape::kTileBytes;
+  const Shared key_tile = shared_base();
+  const Shared value_tile = key_tile + Shape::kTileBytes;
+  const Shared query_tile = value_tile + Shape::kTileBytes;
   const Shared grad_tile = query_tile + p.query_strip * Shape::kRowBytes;
   const Shared lse = grad_tile + p.query_strip * Shape::kRowBytes;
   const Statistics statistics{lse, lse + 4 * p.query_strip};
-  // Right behind the values: where keys do not stay, queries take their place later.
-  const Shared key_tile = value_tile + Shape::kTileBytes;
 
   const auto* kv = static_cast<const Element*>(source.kv);
   gather<kHeadSize, kBlockRows>({key_tile, value_tile},
@@ -240,10 +232,7 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
                                  rows_of(kv, source.strides, 1, sample, head)},
                                 patch.slot_at);
   cp_async_commit();
-  cp_async_wait<0>();
-  sync_block();
-  typename Shape::Keys keys;
-  LeftRowsInTile<kHeadSize> values;
+  LeftRowsInTile<kHeadSize> keys, values;
   keys.load(key_tile, warp_row);
   values.load(value_tile, warp_row);
 
@@ -257,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   for_each_strip<kHeadSize>(
       patch.that_see(patch.slot_at.block()), p.query_strip, source.query_pitch,
       [&](const auto& strip) {
-        sync_block();  // The last strip, or the keys, have been read.
+        sync_block();  // The last strip has been read.
         strip.load({query_tile, grad_tile}, {queries, grads}, p.columns, {0, p.queries()});
         cp_async_commit();
         statistics.load(p, statistics_offset(p, sample, head), strip);
@@ -283,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   const float value_scale[2] = {kept_scale(p.dropout), kept_scale(p.dropout)};
   scale_rows(grad_keys[0], key_scale);
   scale_rows(grad_values[0], value_scale);
-  sync_block();  // The last strip has been read.
+  sync_warp();  // The warp's own keys and values have been read.
   store_tile<Element, kHeadSize>(key_tile, warp_row, grad_keys[0]);
   store_tile<Element, kHeadSize>(value_tile, warp_row, grad_values[0]);
   sync_warp();

@@ -40,7 +40,7 @@ class Counters(ctypes.Structure):
     """What launches did since `watch` began; see runtime.h."""
 
     _names = ("mma", "ldmatrix", "bank_conflicts", "copied", "loaded", "stored", "barriers")
-    _fields_ = [(name, ctypes.c_uint64) for name in _names]
+    _fields_ = [(name, ctypes.c_uint64) for name in (*_names, "shared_bytes")]
 
 
 def build(sources: Iterable[Path], kernels: Path = KERNELS, optimise: str = "-O2") -> Path:

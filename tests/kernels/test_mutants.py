@@ -98,7 +98,7 @@ PATCHES = {
         "swizzle without rows": ("(cell.row * pitch + cell.column) & 7", "cell.column & 7"),
     },
     ("neighbourhood", "neighbourhood_backward.cu"): {
-        "gradients over a strip in use": ("sync_block();  // The last strip has", "// has"),
+        "gradients over keys in use": ("sync_warp();  // The warp's own", "// The warp's own"),
         "gradients read too early": ("sync_warp();\n  // grad_kv", "// grad_kv"),
     },
 }

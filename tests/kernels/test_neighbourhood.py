@@ -208,7 +208,7 @@ def test_warps_multiply_only_what_their_patches_see() -> None:
 
 
 def test_arguments_outside_the_limits_are_refused() -> None:
-    wide = NeighbourhoodRule(1, 256, 1, 256, 1, 1)
+    wide = NeighbourhoodRule(1, 193, 1, 193, 1, 1)
     for case in [Case((wide,)), Case((same(2, 2, 1, 1),), size=32)]:
         with pytest.raises(RuntimeError, match="megavideo_neighbourhood_forward returned 1"):
             neighbourhood.forward(library(), *case.inputs(), case.rules, 0.0, SEED)

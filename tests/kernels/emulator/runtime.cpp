@@ -430,6 +430,7 @@ int launch(const std::function<void()>& kernel, Index grid, int num_threads, int
     fault_text = "a block with " + std::to_string(shared_bytes) + " bytes of shared memory";
   }
   for (Region& region : regions) region.writers.assign(region.writable ? region.bytes / 2 : 0, 0);
+  counters.shared_bytes = std::max(counters.shared_bytes, static_cast<uint64_t>(shared_bytes));
   body = &kernel;
   grid_size = grid;
   block_size = num_threads;

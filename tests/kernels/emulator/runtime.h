@@ -31,7 +31,8 @@ struct Counters {
   uint64_t copied;          // by cp.async, without zero fills
   uint64_t loaded;
   uint64_t stored;
-  uint64_t barriers;  // of the block
+  uint64_t barriers;      // of the block
+  uint64_t shared_bytes;  // of a block, the most
 };
 extern Counters counters;
 
