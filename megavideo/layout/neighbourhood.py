@@ -71,4 +71,4 @@ def encode_rules(rules: tuple[NeighbourhoodRule, ...]) -> str:
 def decode_rules(text: str) -> tuple[NeighbourhoodRule, ...]:
     """Inverse of `encode_rules`."""
     values = [[int(x) for x in part.split(",")] for part in text.split(";")]
-    return tuple(NeighbourhoodRule(*sizes, causal=bool(causal)) for *sizes, causal in values)
+    return tuple(NeighbourhoodRule(*sizes[:6], bool(sizes[6])) for sizes in values)  # type: ignore[call-arg, arg-type]
