@@ -17,7 +17,8 @@ def draw_losses(runs: Sequence[FinishedRun], path: Path) -> None:
     figure = Figure(figsize=(width * len(runs), height), layout="constrained")
     for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
         axes.plot(*run.series("loss"), label="training")
-        axes.plot(*run.series("held_out_loss"), "o-", label="held out")
+        if run.has("held_out_loss"):
+            axes.plot(*run.series("held_out_loss"), "o-", label="held out")
         axes.set(title=run.name, xlabel="step", ylabel="cross-entropy (nats per token)")
         axes.legend()
     with atomic_path(path) as temporary:

@@ -63,8 +63,14 @@ def _draw_sample(
     given = [frame for frame in range(grid.frames) if frame not in carries]
     for frame in given:
         shown[frame] = shown[frame].mean(-1, keepdims=True).astype(np.uint8)
-    caption = text.decode(batch.text[0, -int(batch.text_length[0]) :].tolist())
+    caption = text.decode(_caption(batch, text.newline))
     return [(list(real), f"{caption} (real)"), (list(shown), "predicted")]
+
+
+def _caption(batch: Batch, newline: int) -> list[int]:
+    """The ids behind the line break; all of them in stage image, whose text has no duration."""
+    ids: list[int] = batch.text[0, -int(batch.text_length[0]) :].tolist()
+    return ids[ids.index(newline) + 1 :] if newline in ids else ids
 
 
 def _pixels(tokenizer: ImageTokenizer, tokens: Tensor, side: int) -> np.ndarray:

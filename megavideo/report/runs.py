@@ -37,6 +37,10 @@ class FinishedRun:
         """The folder's own name."""
         return self.folder.name
 
+    def has(self, metric: str) -> bool:
+        """Whether any row holds `metric`."""
+        return any(metric in row for row in self.rows)
+
     def series(self, metric: str) -> tuple[list[float], list[float]]:
         """Steps and values of one metric."""
         rows = [row for row in self.rows if metric in row]
