@@ -1,7 +1,9 @@
 """Intervals say what rules say, place by place and tile by tile."""
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 
 from megavideo.layout.grid import Grid
 from megavideo.layout.intervals import TILE, Intervals, intervals
@@ -85,6 +87,21 @@ def test_interval_lengths_count_the_useful_work(rule):
     layout = intervals(rule)
     lengths = (layout.end - layout.begin)[layout.slots >= 0]
     assert lengths.sum() == visible_pairs(rule)
+
+
+@given(
+    frames=st.integers(1, 5),
+    side=st.integers(1, 9),
+    own_frame=st.booleans(),
+    window=st.integers(0, 10),
+    shift=st.integers(0, 9),
+    two_way=st.booleans(),
+)
+def test_any_rule_that_can_be_written_has_intervals(
+    frames: int, side: int, own_frame: bool, window: int, shift: int, two_way: bool
+) -> None:
+    rule = Rule(frames, side, own_frame, window, shift % window if window else 0, two_way)
+    assert np.array_equal(mask_by_slots(intervals(rule)), dense_mask(rule))
 
 
 def test_arrays_are_small_int32_and_built_once():
