@@ -53,6 +53,10 @@ COMMANDS = {
         "megavideo.train.evaluate_command:main",
         "Loss on held-out clips, with right or shuffled captions.",
     ),
+    "benchmark": (
+        "megavideo.benchmark.command:main",
+        "Measure speed beside that of alternatives.",
+    ),
     "report": (
         "megavideo.report.command:main",
         "Loss curves, predicted frames and figures of runs.",

@@ -13,6 +13,7 @@ ALLOWED = {
     "config": {"layout"},
     "layout": set(),
     "ops": {"layout"},
+    "benchmark": {"layout", "ops"},
     "model": {"config", "layout", "ops"},
     "data": {"config", "layout"},
     "checkpoint": {"config", "model"},

@@ -1,0 +1,1 @@
+"""Measurements that compare MegaVideo with what others would run in its place."""

@@ -1,0 +1,18 @@
+"""`megavideo benchmark`: one subcommand per subject."""
+
+import click
+
+from megavideo.benchmark.attention import main as attention
+
+
+@click.group()
+def main() -> None:
+    """Measure speed, beside that of alternatives, in one process on this machine.
+
+    \b
+    Example:
+      megavideo benchmark attention --output runs/benchmark
+    """
+
+
+main.add_command(attention, "attention")
