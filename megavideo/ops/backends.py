@@ -65,7 +65,7 @@ def _preferred(
     return "reference", passed_over
 
 
-def _library_obstacle(device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+def library_obstacle(device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
     if device != "cuda":
         return "needs a CUDA device"
     if dtype not in ELEMENTS:
@@ -97,7 +97,7 @@ def _no_obstacle(device: str, dtype: torch.dtype, head_size: int, dropout: bool)
 
 
 _OBSTACLES: dict[str, Callable[[str, torch.dtype, int, bool], str]] = {
-    "library": _library_obstacle,
+    "library": library_obstacle,
     "flex": _flex_obstacle,
     "sdpa": _sdpa_obstacle,
     "reference": _no_obstacle,

@@ -1,6 +1,6 @@
 """The CUDA source of neighbourhood attention, emulated, against a dense softmax in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +13,10 @@ from watched import WatchedLibrary
 
 from megavideo.layout.neighbourhood import NeighbourhoodRule
 from megavideo.layout.rules import text_visible
+from megavideo.ops import library as library_module
 from megavideo.ops import neighbourhood
+from megavideo.ops import neighbourhood_attention as operator_module
+from megavideo.ops.neighbourhood_attention import neighbourhood_attention
 
 SOURCES = [
     KERNELS / "library.cu",
@@ -212,3 +215,43 @@ def test_arguments_outside_the_limits_are_refused() -> None:
     for case in [Case((wide,)), Case((same(2, 2, 1, 1),), size=32)]:
         with pytest.raises(RuntimeError, match="megavideo_neighbourhood_forward returned 1"):
             neighbourhood.forward(library(), *case.inputs(), case.rules, 0.0, SEED)
+
+
+@pytest.fixture
+def emulated_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator runs emulated kernels where a GPU has the real ones."""
+    kernels = library()
+    monkeypatch.setattr(library_module, "load", lambda: kernels)
+    monkeypatch.setattr(operator_module, "_backend", lambda *situation: "library")
+
+
+@pytest.mark.usefixtures("emulated_operator")
+def test_gradients_pass_through_the_operator() -> None:
+    case = CASES[2]
+    query, (kv,), text, length = case.inputs()
+    leaves = [tensor.requires_grad_() for tensor in (query, kv, text)]
+    out = neighbourhood_attention(query, [kv], text, length, case.rules)
+    results = (out, *torch.autograd.grad(out, leaves, case.grad()))
+    expected = truth(case)
+    names = ("out", "grad_query", "grad_grids[0]", "grad_text")
+    for name, value in zip(names, results, strict=True):
+        limit = TOLERANCE[case.dtype]
+        torch.testing.assert_close(value.double(), expected[name].detach(), rtol=limit, atol=limit)
+
+
+@pytest.mark.usefixtures("emulated_operator")
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_first_look_accepts_these_kernels(size: int) -> None:
+    assert operator_module._disagreement(torch.device("cpu"), torch.bfloat16, size) == ""
+
+
+@pytest.mark.usefixtures("emulated_operator")
+def test_a_first_look_refuses_kernels_that_see_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = neighbourhood._grid
+
+    def wider(rule: NeighbourhoodRule, kv: Tensor) -> object:
+        return grid(replace(rule, window_columns=rule.window_columns + 2), kv)
+
+    monkeypatch.setattr(neighbourhood, "_grid", wider)
+    reason = operator_module._disagreement(torch.device("cpu"), torch.bfloat16, 64)
+    assert "differs from the reference" in reason
