@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, Variant::kHeadSize == 64 ? 3 : 1)
   gather<kHeadSize, kBlockRows>({key_tile, value_tile},
                                 {rows_of(kv, source.strides, 0, sample, head),
                                  rows_of(kv, source.strides, 1, sample, head)},
-                                patch.slot_at);
+                                PatchSlots(block.index, rows, columns, real));
   cp_async_commit();
   LeftRowsInTile<kHeadSize> keys, values;
   keys.load(key_tile, warp_row);

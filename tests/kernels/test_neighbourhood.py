@@ -205,6 +205,19 @@ def test_both_schedules_give_the_same_bits(case: Case) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+def test_padded_text_may_hold_anything() -> None:
+    case = CASES[2]
+    query, grids, text, length = case.inputs()
+    text[0, : case.text - case.lengths[0]] = torch.nan
+    out, lse = neighbourhood.forward(library(), query, grids, text, length, case.rules, 0.0, SEED)
+    *_, grad_text = neighbourhood.backward(
+        library(), case.grad(), query, grids, text, length, out, lse, case.rules, 0.0, SEED
+    )
+    expected = run(case, library())
+    assert torch.equal(out, expected["out"])
+    assert torch.equal(grad_text, expected["grad_text"])
+
+
 def test_parts_of_a_packed_product_are_read_in_place() -> None:
     case = Case((same(6, 7, 3, 3),), heads=2)
     query, (kv,), text, length = case.inputs()
