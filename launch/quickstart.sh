@@ -37,7 +37,7 @@ held_out() {   # held_out NAME right|shuffled [--shuffle-captions]
 mkdir -p "$run"
 
 # Videos, as anybody has them: files and a table of captions.
-show megavideo render-clips --out "$run/clips" --count 600
+show megavideo render-clips --out "$run/clips" --count 480
 
 # Tokenizers for text and frames.
 show megavideo train-text-tokenizer "$run/clips/captions.csv" --vocab-size 512 --out "$run/text.model"

@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from dropout_bits import kept_bits
 from torch import Tensor
 
 from megavideo.layout.intervals import TILE, intervals
 from megavideo.layout.render import dense_mask
 from megavideo.layout.rules import Rule, text_visible
+from tests.kernels.dropout_bits import kept_bits
 
 
 def true_attention(

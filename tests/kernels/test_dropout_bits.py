@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from dropout_bits import kept_bits
+
+from tests.kernels.dropout_bits import kept_bits
 
 SLOTS = 1024
 THRESHOLD = 26  # 0.1, rounded to n / 256

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dropout_bits import kept_bits
-from emulated import SCHEDULES, Counters, Emulator, Fault, Schedule, build
 from torch import Tensor
+
+from tests.kernels.dropout_bits import kept_bits
+from tests.kernels.emulated import SCHEDULES, Counters, Emulator, Fault, Schedule, build
 
 
 @pytest.fixture(scope="module")

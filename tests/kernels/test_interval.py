@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import true_attention
-from emulated import KERNELS, SCHEDULES, Emulator, Schedule, build
 from torch import Tensor
-from watched import WatchedLibrary
 
 from megavideo.layout.intervals import TILE, intervals
 from megavideo.layout.rules import Rule
 from megavideo.ops import interval
+from tests.kernels.attention_truth import true_attention
+from tests.kernels.emulated import KERNELS, SCHEDULES, Emulator, Schedule, build
+from tests.kernels.watched import WatchedLibrary
 
 SOURCES = [
     KERNELS / "library.cu",

@@ -5,11 +5,11 @@ Also what to run under compute-sanitizer: `compute-sanitizer python -m pytest -m
 
 import pytest
 import torch
-from test_interval import CASES, Case, check, run
 
 from megavideo.layout.grid import Grid
 from megavideo.layout.rules import spatial_rule, temporal_rule
 from megavideo.ops import interval, library
+from tests.kernels.test_interval import CASES, Case, check, run
 
 pytestmark = pytest.mark.gpu
 

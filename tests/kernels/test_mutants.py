@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import test_interval
-import test_neighbourhood
 import torch
-from emulated import KERNELS, SCHEDULES, Emulator, Fault, build
 from torch import Tensor
-from watched import WatchedLibrary
+
+from tests.kernels import test_interval, test_neighbourhood
+from tests.kernels.emulated import KERNELS, SCHEDULES, Emulator, Fault, build
+from tests.kernels.watched import WatchedLibrary
 
 FAMILIES = {"interval": test_interval, "neighbourhood": test_neighbourhood}
 CONFLICT_FREE = {

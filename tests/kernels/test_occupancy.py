@@ -1,11 +1,10 @@
 """Shared memory: as many blocks fit on a multiprocessor as the kernels' head comments say."""
 
 import pytest
-import test_interval
-import test_neighbourhood
-from watched import WatchedLibrary
 
 from megavideo.ops import interval, neighbourhood
+from tests.kernels import test_interval, test_neighbourhood
+from tests.kernels.watched import WatchedLibrary
 
 # KiB of shared memory of a multiprocessor; each block takes one more than it asks for.
 A100, H100 = 164, 228

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from attention_truth import true_attention
-from test_interval import TOLERANCE, library
 from torch import Tensor
 
 from megavideo.layout.rules import Rule, encode_rule
@@ -11,6 +9,8 @@ from megavideo.ops import library as library_module
 from megavideo.ops import local_attention as operator_module
 from megavideo.ops.local_attention import local_attention
 from megavideo.ops.selfcheck import disagreement
+from tests.kernels.attention_truth import true_attention
+from tests.kernels.test_interval import TOLERANCE, library
 
 RULE = Rule(2, 6, window=4, shift=2)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emulated import KERNELS
+
+from tests.kernels.emulated import KERNELS
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_interval import library
 from torch import Tensor
 
 from megavideo.layout.rules import Rule, encode_rule
 from megavideo.model import attention
 from megavideo.ops import library as library_module
 from megavideo.verify import command
+from tests.kernels.test_interval import library
 
 VECTORS = Path(__file__).parents[1] / "reference" / "vectors"
 HEAD_SIZE = 64  # the smallest that the kernels have

@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from emulated import Counters, Emulator, Fault, Schedule
+from tests.kernels.emulated import Counters, Emulator, Fault, Schedule
 
 TILE = 64
 NAN_BYTE = 0xFF

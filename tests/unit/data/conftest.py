@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from token_sets import CAPTIONS, CODES
 
 from megavideo.data.text_tokenizer import TextTokenizer, train_text_model
+from tests.unit.data.token_sets import CAPTIONS, CODES
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from token_sets import (
+
+from megavideo.data.batch import Batch, BatchStream, open_stream
+from megavideo.data.index import build_index
+from megavideo.data.prompt import build_text
+from megavideo.data.shards import write_shard
+from megavideo.data.text_tokenizer import TextTokenizer
+from tests.unit.data.token_sets import (
     CAPTIONS,
     CODES,
     FPS,
@@ -20,12 +26,6 @@ from token_sets import (
     recipe_config,
     write_set,
 )
-
-from megavideo.data.batch import Batch, BatchStream, open_stream
-from megavideo.data.index import build_index
-from megavideo.data.prompt import build_text
-from megavideo.data.shards import write_shard
-from megavideo.data.text_tokenizer import TextTokenizer
 
 
 def open_small(folder: Path, tokenizer: TextTokenizer, **recipe: object) -> BatchStream:

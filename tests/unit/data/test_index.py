@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from token_sets import CAPTIONS, flip, make_clip, making_of, write_set
 
 import megavideo.data.index as index_module
 from megavideo.data.index import (
@@ -18,6 +17,7 @@ from megavideo.data.index import (
 )
 from megavideo.data.sample import unpack
 from megavideo.data.shards import Making, write_shard
+from tests.unit.data.token_sets import CAPTIONS, flip, make_clip, making_of, write_set
 
 
 def rebuild(folder: Path) -> ClipIndex:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from token_sets import make_clip
 
 from megavideo.data.sample import HEADER, TokenClip, checksum, pack, unpack
+from tests.unit.data.token_sets import make_clip
 
 
 @given(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import webdataset
 import webdataset.utils
-from token_sets import flip, make_clip, making_of, write_set
 
 from megavideo.data.index import build_index, scan_shard
 from megavideo.data.sample import TokenClip, pack, unpack
@@ -22,6 +21,7 @@ from megavideo.data.shards import (
     sidecar_path,
     write_shard,
 )
+from tests.unit.data.token_sets import flip, make_clip, making_of, write_set
 
 
 def clips(count: int = 4) -> list[tuple[str, TokenClip]]:

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from token_sets import data_config, flip, model_config, recipe_config, write_set
 
 import megavideo.data.source as source
 from megavideo.data.batch import open_stream
 from megavideo.data.source import FetchedShards, LocalShards, ShardReader, with_retries
 from megavideo.data.text_tokenizer import TextTokenizer
+from tests.unit.data.token_sets import data_config, flip, model_config, recipe_config, write_set
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from token_sets import flip, make_clip, write_set
 
 from megavideo.data.frames import FrameChooser, FrameWindow
 from megavideo.data.index import ClipIndex, open_index
 from megavideo.data.order import Order
 from megavideo.data.source import LocalShards, ShardReader
 from megavideo.data.stream import Damage, DamageLog, SampleStream, Visit, read_ahead
+from tests.unit.data.token_sets import flip, make_clip, write_set
 
 
 def stream_of(
