@@ -20,8 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from megavideo.layout.intervals import intervals
 from megavideo.layout.render import blocks, dense_mask
 from megavideo.layout.rules import Rule, encode_rule
-from megavideo.ops import library
-from megavideo.ops.c_call import ELEMENTS, HEAD_SIZES
+from megavideo.ops.backends import library_obstacle
 from megavideo.ops.flex import flex_local_attention
 from megavideo.ops.local_attention import local_attention as _registers_the_operator  # noqa: F401
 from megavideo.ops.sdpa import sdpa_local_attention
@@ -66,14 +65,10 @@ class Ready:
 
 def megavideo(problem: Problem) -> Ready:
     """The fused kernels."""
-    if problem.image_qkv.device.type != "cuda":
-        raise CannotRun("needs a CUDA device")
-    if problem.image_qkv.dtype not in ELEMENTS or problem.image_qkv.shape[-1] not in HEAD_SIZES:
-        raise CannotRun("needs 16-bit types and head size 64 or 128")
-    try:
-        library.load()
-    except library.LibraryError as error:
-        raise CannotRun(str(error)) from error
+    image = problem.image_qkv
+    reason = library_obstacle(image.device.type, image.dtype, image.shape[-1], problem.dropout > 0)
+    if reason:
+        raise CannotRun(reason)
     rule, seed = encode_rule(problem.rule), torch.tensor(SEED)
     operator = torch.ops.megavideo.local_attention
     inputs = (problem.image_qkv, problem.text_kv, problem.text_length)

@@ -23,5 +23,6 @@ def test_the_kernels_are_timed_both_ways_and_others_compared_with_them(
     assert [row["times_ours"] for row in ours] == [1.0, 1.0], ours
     assert kernels.counters.mma > 0
     others = [row for row in rows if row["contender"] == "sdpa mask"]
-    assert all(row["times_ours"] == pytest.approx(row["us_median"] / mine["us_median"], rel=0.01)
-               for row, mine in zip(others, ours, strict=True))  # fmt: skip
+    for row, mine in zip(others, ours, strict=True):
+        ratio = row["us_median"] / mine["us_median"]
+        assert row["times_ours"] == pytest.approx(ratio, abs=1e-3)
