@@ -148,18 +148,21 @@ bool all_done() {
   return true;
 }
 
+const char* place_of(const Thread& thread) {
+  return thread.state == State::done ? "exit" : thread.waits_for;
+}
+
+// Where the threads are, as runs that are at the same place.
 void report_deadlock() {
-  std::string text = "deadlock:";
+  fault_text = "deadlock:";
+  const char* last = "";
   for (size_t i = 0; i < threads.size(); ++i) {
-    const char* state = threads[i].state == State::done ? "exit" : threads[i].waits_for;
-    const char* before = i == 0                                    ? ""
-                         : threads[i - 1].state == State::done ? "exit"
-                                                                   : threads[i - 1].waits_for;
-    if (std::string(state) != before) {
-      text += " from thread " + std::to_string(i) + " at " + state + ";";
+    const char* place = place_of(threads[i]);
+    if (strcmp(place, last) != 0) {
+      fault_text += " from thread " + std::to_string(i) + " at " + place + ";";
     }
+    last = place;
   }
-  fault_text = text;
 }
 
 void run_block() {
