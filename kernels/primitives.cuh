@@ -47,11 +47,6 @@ __device__ __forceinline__ void store_global(T* address, T value) {
   *address = value;
 }
 
-// *address += value, without a fixed order among threads: the sum's last bits vary from run to run.
-__device__ __forceinline__ void add_global(float* address, float value) {
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
-}
-
 // ---- shared memory ----
 
 // First byte of the block's dynamic shared memory, aligned to 128 bytes.
@@ -136,15 +131,6 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
-}
-
-template <class T>
-__device__ __forceinline__ T shuffle(T value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
-}
-
-__device__ __forceinline__ bool warp_any(bool predicate) {
-  return __any_sync(0xffffffffu, predicate);
 }
 
 // ---- matrices ----

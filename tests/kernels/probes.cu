@@ -63,8 +63,7 @@ __global__ void product(const __grid_constant__ Probe p) {
 
 __global__ void shuffles(const __grid_constant__ Probe p) {
   float x = load_global(p.in + threadIdx.x);
-  float y = quad_max(x) + quad_sum(x) + shuffle(x, 5) + (warp_any(x == 40.0f) ? 0.5f : 0.0f);
-  store_global(p.out + threadIdx.x, y);
+  store_global(p.out + threadIdx.x, quad_max(x) + quad_sum(x) + shuffle_xor(x, 16));
 }
 
 __global__ void rounding(const __grid_constant__ Probe p) {
@@ -78,8 +77,6 @@ __global__ void rounding(const __grid_constant__ Probe p) {
     store_global(p.out + 768 + i, high);
   }
 }
-
-__global__ void additions(const __grid_constant__ Probe p) { add_global(p.out, 1.0f); }
 
 // dropout_keeps of slots q = thread, k = 0..15, as a sum of powers of two.
 __global__ void dropout(const __grid_constant__ Probe p) {
@@ -163,8 +160,11 @@ __global__ void read_back(const __grid_constant__ Probe p) {
 }
 
 __global__ void divergent(const __grid_constant__ Probe p) {
-  float x = lane_index() < 16 ? shuffle(1.0f, 0) : shuffle_xor(1.0f, 1);
-  store_global(p.out + threadIdx.x, x);
+  if (lane_index() < 16) {
+    sync_warp();
+  } else {
+    store_global(p.out + threadIdx.x, shuffle_xor(1.0f, 1));
+  }
 }
 
 __global__ void missed_barrier(const __grid_constant__ Probe p) {
@@ -172,7 +172,7 @@ __global__ void missed_barrier(const __grid_constant__ Probe p) {
 }
 
 __global__ void missed_shuffle(const __grid_constant__ Probe p) {
-  if (lane_index() != 7) store_global(p.out + threadIdx.x, shuffle(1.0f, 0));
+  if (lane_index() != 7) store_global(p.out + threadIdx.x, shuffle_xor(1.0f, 8));
 }
 
 struct Named {
@@ -187,7 +187,6 @@ const Named kProbes[] = {
     {"product_float16", product<Float16>},
     {"shuffles", shuffles},
     {"rounding", rounding},
-    {"additions", additions},
     {"dropout", dropout},
     {"no_barrier", no_barrier},
     {"no_second_barrier", no_second_barrier},

@@ -76,12 +76,6 @@ void store_global(T* address, T value) {
   *address = value;
 }
 
-inline void add_global(float* address, float value) {
-  emulator::check_global_add(address, sizeof(float));
-  emulator::counters.stored += sizeof(float);
-  *address += value;
-}
-
 inline Shared shared_base() { return emulator::shared_begin(); }
 
 template <class T>
@@ -118,46 +112,24 @@ namespace emulator {
 
 struct Shuffle {
   uint32_t value;
-  int from;
+  int lane_mask;
 };
 
-inline void run_shuffle(const Lane (&lanes)[kWarp]) {
-  for (const Lane& lane : lanes) {
-    int from = static_cast<const Shuffle*>(lane.in)->from & (kWarp - 1);
-    *static_cast<uint32_t*>(lane.out) = static_cast<const Shuffle*>(lanes[from].in)->value;
+inline void run_shuffle_xor(const Lane (&lanes)[kWarp]) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    int from = lane ^ static_cast<const Shuffle*>(lanes[lane].in)->lane_mask;
+    *static_cast<uint32_t*>(lanes[lane].out) = static_cast<const Shuffle*>(lanes[from].in)->value;
   }
-}
-
-inline void run_any(const Lane (&lanes)[kWarp]) {
-  bool any = false;
-  for (const Lane& lane : lanes) any |= *static_cast<const bool*>(lane.in);
-  for (const Lane& lane : lanes) *static_cast<bool*>(lane.out) = any;
-}
-
-template <class T>
-T shuffle_from(const char* what, T value, int lane) {
-  Shuffle in{bits_as<uint32_t>(value), lane};
-  uint32_t out;
-  collective(what, run_shuffle, &in, &out);
-  return bits_as<T>(out);
 }
 
 }  // namespace emulator
 
 template <class T>
 T shuffle_xor(T value, int lane_mask) {
-  return emulator::shuffle_from("shuffle_xor", value, threadIdx.x ^ lane_mask);
-}
-
-template <class T>
-T shuffle(T value, int lane) {
-  return emulator::shuffle_from("shuffle", value, lane);
-}
-
-inline bool warp_any(bool predicate) {
-  bool any;
-  emulator::collective("warp_any", emulator::run_any, &predicate, &any);
-  return any;
+  emulator::Shuffle in{bits_as<uint32_t>(value), lane_mask & 31};
+  uint32_t out;
+  emulator::collective("shuffle_xor", emulator::run_shuffle_xor, &in, &out);
+  return bits_as<T>(out);
 }
 
 // ---- numbers ----

@@ -337,11 +337,6 @@ void check_global_write(void* address, size_t bytes) {
   }
 }
 
-void check_global_add(void* address, size_t bytes) {
-  Region* region = region_of(address, bytes);
-  if (region && !region->writable) fault("write to %s, which is read-only", region->name.c_str());
-}
-
 Shared shared_begin() { return kSharedBase; }
 
 void read_shared(void* to, Shared address, size_t bytes) {

@@ -47,7 +47,6 @@ extern unsigned block_size;
 
 void check_global_read(const void* address, size_t bytes);
 void check_global_write(void* address, size_t bytes);
-void check_global_add(void* address, size_t bytes);
 
 // Address of the block's shared memory.
 Shared shared_begin();
