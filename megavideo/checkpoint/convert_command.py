@@ -19,6 +19,12 @@ from megavideo.log import log
 
 FORMATS = ("megavideo", "run", "sat", "huggingface")
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Options that only some targets have a use for.
+USED_BY = {
+    "tp": ("megavideo", "sat"),
+    "weights_only": ("megavideo",),
+    "max_file_size": ("huggingface",),
+}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -105,9 +111,10 @@ def main(
       megavideo convert cogvideo-stage1 weights --to megavideo --tp 2 --verify
       megavideo convert weights shared --to huggingface --dtype bf16
     """
+    _refuse_ineffective(target)
+    refuse_existing(destination)
     reader = open_checkpoint(source)
     check_whole(reader)
-    _refuse_ineffective(target, tp, dtype, weights_only, max_file_size)
     moments = target in ("megavideo", "run") and not weights_only
     if moments and reader.training and dtype != "keep":
         raise ValueError(
@@ -119,29 +126,20 @@ def main(
     writer = _writer(reader, target, tp, moments, max_file_size)
     tensors = select(reader, DTYPES[dtype], moments)
     conversion = Conversion(reader, writer, destination, tensors, threads)
-    refuse_existing(destination)
     click.echo(_summary(conversion))
     if not dry_run:
         convert(conversion, verify)
         click.echo(f"wrote {destination}{' and read it back' if verify else ''}")
 
 
-def _refuse_ineffective(
-    target: str, tp: int, dtype: str, weights_only: bool, max_file_size: int
-) -> None:
-    """An option that this target has no use for is a mistake."""
+def _refuse_ineffective(target: str) -> None:
+    """An option that was given and that this target has no use for is a mistake."""
     context = click.get_current_context()
-    uses = {
-        "tp": ("megavideo", "sat"),
-        "weights_only": ("megavideo",),
-        "max_file_size": ("huggingface",),
-    }
-    for option, targets in uses.items():
+    for option, targets in USED_BY.items():
         given = context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
         if given and target not in targets:
-            raise ValueError(
-                f"--{option.replace('_', '-')} has no effect with --to {target}; leave it out"
-            )
+            flag = option.replace("_", "-")
+            raise ValueError(f"--{flag} has no effect with --to {target}; leave it out")
 
 
 def _writer(reader: Reader, target: str, tp: int, moments: bool, max_file_size: int) -> Writer:
