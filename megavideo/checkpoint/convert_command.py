@@ -103,7 +103,7 @@ def main(
     DST gets the same tensors, bit for bit unless --dtype changes their type. `megavideo` keeps a
     run's optimizer state and progress, and `run` makes of it a folder that training goes on from.
 
-    Needs no GPU. Memory: three times the largest tensor, for any format, threads and size of model.
+    Needs no GPU, and memory for at most three times the largest tensor, whatever the format.
     If it is interrupted, the same command goes on after the files that were finished.
 
     \b
