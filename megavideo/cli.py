@@ -61,6 +61,14 @@ COMMANDS = {
         "megavideo.report.command:main",
         "Loss curves, predicted frames and figures of runs.",
     ),
+    "convert": (
+        "megavideo.checkpoint.convert_command:main",
+        "Write a checkpoint in another format, or cut for other ranks.",
+    ),
+    "checkpoint": (
+        "megavideo.checkpoint.command:main",
+        "Inspect, verify, compare and remove checkpoints.",
+    ),
     "verify-reference": (
         "megavideo.verify.command:main",
         "Compare the model with arrays that the published one computed.",

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavideo.checkpoint.files import (
     TensorEntry,
     combined_digest,
+    opened,
     tensor_entry,
     write_tensors,
 )
@@ -42,11 +42,8 @@ def load_base(run: Path, digest: str) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"the frozen base {path} is missing; checkpoints refer to it: copy it back"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if combined_digest(describe(tensors)) != digest:
         raise ValueError(f"{path} is damaged: its content does not have the digest in its name")
     return tensors

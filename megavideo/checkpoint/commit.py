@@ -86,12 +86,26 @@ def verify_checkpoint(folder: Path) -> None:
         verify_tensors(folder / file, entries)
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints; never the one that `latest` names."""
+def condemned(run: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Checkpoints but the newest `keep_last`, those of steps that `keep_every` divides, and the
+    one that `latest` names."""
     latest = _named_latest(run)
-    for folder in list_checkpoints(run)[keep_last:]:
-        if folder != latest:
-            _discard(folder)
+    return [
+        folder
+        for folder in list_checkpoints(run)[keep_last:]
+        if folder != latest and not (keep_every and step_of(folder) % keep_every == 0)
+    ]
+
+
+def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove the checkpoints that are `condemned`."""
+    for folder in condemned(run, keep_last, keep_every):
+        _discard(folder)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _candidates(run: Path) -> list[Path]:

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -23,9 +25,13 @@ class TensorEntry:
 
 def tensor_entry(tensor: Tensor) -> TensorEntry:
     """Describe `tensor` (any device); the digest is XXH3-128 of its bytes in row-major order."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorEntry(dtype, tuple(tensor.shape), xxhash.xxh3_128_hexdigest(data))
+    return TensorEntry(dtype, tuple(tensor.shape), xxhash.xxh3_128_hexdigest(raw_bytes(tensor)))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of `tensor` (any device) in row-major order; not copied where they lie so."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def combined_digest(entries: Mapping[str, TensorEntry]) -> str:
@@ -65,16 +71,27 @@ def verify_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
         pass
 
 
-def _checked(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`, for `keys`, `get_tensor` and `get_slice`.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != set(entries):
-                odd = sorted(set(file.keys()) ^ set(entries))
-                raise ValueError(f"{path} is damaged: missing or unexpected tensors {odd}")
-            for name in entries:
-                tensor = file.get_tensor(name)
-                if tensor_entry(tensor) != entries[name]:
-                    raise ValueError(f"{path} is damaged: {name} differs from its digest")
-                yield name, tensor
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _checked(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+    with opened(path) as file:
+        if set(file.keys()) != set(entries):
+            odd = sorted(set(file.keys()) ^ set(entries))
+            raise ValueError(f"{path} is damaged: missing or unexpected tensors {odd}")
+        for name in entries:
+            tensor = file.get_tensor(name)
+            if tensor_entry(tensor) != entries[name]:
+                raise ValueError(f"{path} is damaged: {name} differs from its digest")
+            yield name, tensor

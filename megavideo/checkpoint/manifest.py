@@ -56,9 +56,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder`/manifest.json; it is whole or absent."""
-    body = {"format": FORMAT, **asdict(manifest)}
-    with atomic_write(folder / MANIFEST) as file:
-        file.write(json.dumps({**body, "digest": _digest(body)}, indent=1).encode())
+    write_sealed(folder / MANIFEST, FORMAT, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -68,31 +66,49 @@ def read_manifest(folder: Path) -> Manifest:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged or of another format.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no {MANIFEST}")
+    return manifest_from_json(read_sealed(folder / MANIFEST, FORMAT))
+
+
+def write_sealed(path: Path, kind: str, body: dict[str, Any]) -> None:
+    """Write `body` as JSON together with its format and its own digest; whole or absent."""
+    body = {"format": kind, **body}
+    with atomic_write(path) as file:
+        file.write(json.dumps({**body, "digest": _digest(body)}, indent=1).encode())
+
+
+def read_sealed(path: Path, kind: str) -> dict[str, Any]:
+    """Read back what `write_sealed` wrote.
+
+    Raises:
+        ValueError: if it is damaged or of another format.
+    """
     try:
         body = json.loads(path.read_bytes())
         digest = body.pop("digest")
         found = body.pop("format")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from None
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     if digest != _digest({"format": found, **body}):
         raise ValueError(f"{path} is damaged: it differs from its own digest")
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
-    return _from_json(body)
+    if found != kind:
+        raise ValueError(f"{path} has format {found!r}; this version reads {kind!r}")
+    return body
 
 
-def _from_json(body: dict[str, Any]) -> Manifest:
-    files = {
-        file: {
-            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), entry["digest"])
-            for name, entry in entries.items()
-        }
-        for file, entries in body["files"].items()
-    }
+def manifest_from_json(body: dict[str, Any]) -> Manifest:
+    """A manifest from the JSON of its `asdict`."""
+    files = {file: entries_from_json(entries) for file, entries in body["files"].items()}
     return Manifest(**{**body, "files": files, "progress": Progress(**body["progress"])})
+
+
+def entries_from_json(body: dict[str, Any]) -> dict[str, TensorEntry]:
+    """Tensor entries by name from the JSON of their `asdict`."""
+    return {
+        name: TensorEntry(entry["dtype"], tuple(entry["shape"]), entry["digest"])
+        for name, entry in body.items()
+    }
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -7,8 +7,13 @@ from torch import Tensor
 from megavideo.checkpoint.base import load_base
 from megavideo.checkpoint.commit import checkpoints_of, newest_whole, verify_checkpoint
 from megavideo.checkpoint.files import read_tensors
+from megavideo.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
+from megavideo.checkpoint.formats.interface import is_moment
 from megavideo.checkpoint.formats.sat import read_sat
+from megavideo.checkpoint.formats.sharded import WEIGHTS_MANIFEST, ShardedReader
 from megavideo.checkpoint.manifest import MANIFEST, read_manifest
+from megavideo.log import log
+from megavideo.model.trainable import is_trainable
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -45,8 +50,8 @@ def read_frozen(checkpoint: Path) -> dict[str, Tensor]:
 def read_base(path: Path) -> dict[str, Tensor]:
     """Text-to-image weights by canonical name, from `recipe.base`.
 
-    A run of stage image gives what it trained, a run of a later stage the base that it was given;
-    any other folder is read as SAT's format (CogView2, CogVideo).
+    A run of stage image gives what it trained, a run of a later stage the base that it was given.
+    Of bare weights (ours, Hugging Face's layout, SAT) a temporal channel is left aside.
 
     Raises:
         FileNotFoundError, ValueError: if `path` is none of them, or damaged.
@@ -55,7 +60,7 @@ def read_base(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"recipe.base={path} is no folder")
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
-        return read_sat(path)
+        return _without_temporal(path, _bare_weights(path))
     if read_manifest(checkpoint).stage == "image":
         return read_weights(checkpoint)
     return read_frozen(checkpoint)
@@ -76,3 +81,18 @@ def read_start(path: Path) -> dict[str, Tensor]:
             "name it as recipe.base"
         )
     return read_weights(checkpoint)
+
+
+def _bare_weights(path: Path) -> dict[str, Tensor]:
+    for mark, reader_of in ((WEIGHTS_MANIFEST, ShardedReader), (INDEX, HuggingFaceReader)):
+        if (path / mark).is_file():
+            reader = reader_of(path)
+            return {name: reader.read(name) for name in reader.tensors if not is_moment(name)}
+    return read_sat(path)
+
+
+def _without_temporal(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    base = {name: t for name, t in tensors.items() if not is_trainable(name, "keyframes")}
+    if len(base) < len(tensors):
+        log.info("leaving aside the temporal channel of %s", path)
+    return base

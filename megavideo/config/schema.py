@@ -139,7 +139,9 @@ class RecipeConfig(Section):
     attention_dropout: Probability = Field(0.1, description="on attention probabilities")
 
     base: str | None = Field(
-        None, description="folder of the frozen text-to-image weights (ours or SAT's format)"
+        None,
+        description="folder of the frozen text-to-image weights: a run, or any format that "
+        "`megavideo convert` reads",
     )
     start_from: str | None = Field(
         None,

@@ -12,6 +12,7 @@ from megavideo.log import log, rank
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.init import inherit, initialise
 from megavideo.model.trainable import is_trainable, mark_trainable
+from megavideo.parallel.shard import set_shard, shard_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,4 +90,5 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in real:
                 real[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+                set_shard(real[parameter], shard_of(parameter))
             setattr(module, name, real[parameter])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megavideo.layout.rules import Rule, text_visible
 from megavideo.ops.local_attention import local_attention
+from megavideo.parallel.shard import Shard, set_shard
 
 
 class Channel(nn.Module):
@@ -24,6 +25,9 @@ class Channel(nn.Module):
         self.dropout = dropout
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.dense = nn.Linear(hidden, hidden)
+        set_shard(self.qkv.weight, Shard(dim=0, chunks=3))
+        set_shard(self.qkv.bias, Shard(dim=0, chunks=3))
+        set_shard(self.dense.weight, Shard(dim=1))
 
     def split_heads(self, packed: Tensor) -> Tensor:
         """[B, slots, parts*h] -> [B, slots, parts, H, D]."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megavideo.config.schema import ModelConfig
 from megavideo.model.layers import Streams
+from megavideo.parallel.shard import Shard, set_shard
 
 
 class Embedding(nn.Module):
@@ -22,6 +23,7 @@ class Embedding(nn.Module):
         self.model = model
         self.frames = frames
         self.word = nn.Parameter(torch.empty(model.vocab_size, model.hidden))
+        set_shard(self.word, Shard(dim=0, padded=True))
         self.position = nn.Parameter(torch.empty(model.position_rows, model.hidden))
         if frames > 1:
             self.frame_position = nn.Parameter(torch.empty(model.frame_position_rows, model.hidden))

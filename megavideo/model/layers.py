@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavideo.log import log
+from megavideo.parallel.shard import Shard, set_shard
 
 # (text [B, T, h], image [B, V, h], text_length int64 [B])
 Streams = tuple[Tensor, Tensor, Tensor]
@@ -23,6 +24,9 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(hidden, 4 * hidden)
         self.down = nn.Linear(4 * hidden, hidden)
+        set_shard(self.up.weight, Shard(dim=0))
+        set_shard(self.up.bias, Shard(dim=0))
+        set_shard(self.down.weight, Shard(dim=1))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from megavideo.checkpoint.formats.sat import SAFE_TYPES
 from megavideo.layout.rules import temporal_rule
 from megavideo.model import attention, block, build, layers
 from megavideo.verify.command import main
 from megavideo.verify.compare import compare
+from tests.unit.checkpoint.samples import sat_part
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -86,3 +88,17 @@ def test_nan_and_wrong_shapes_are_misses() -> None:
     assert compare("case", "x", one, one, "float64").ok
     assert not compare("case", "x", one * np.nan, one, "float64").ok
     assert not compare("case", "x", one[:2], one, "float64").ok
+
+
+def test_a_checkpoint_split_over_two_ranks_is_the_same_base(tmp_path: Path) -> None:
+    shutil.copytree(VECTORS / "pub_ckpt_base", tmp_path / "split")
+    (whole,) = (tmp_path / "split").rglob("mp_rank_00_model_states.pt")
+    with torch.serialization.safe_globals(SAFE_TYPES):
+        content = torch.load(whole, weights_only=True)
+    for rank in range(2):
+        module = {n: sat_part(n, t, rank, 2) for n, t in content["module"].items()}
+        path = whole.with_name(f"mp_rank_{rank:02d}_model_states.pt")
+        torch.save({**content, "module": module}, path)
+    result = verify(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "split" in result.output

@@ -1,10 +1,14 @@
-"""SAT checkpoints, the format of CogView2 and CogVideo: `latest`, `<n>/mp_rank_00_*.pt`.
+"""SAT checkpoints, the format of CogView2 and CogVideo: `latest`, `<n>/mp_rank_00_*.pt`, ...
 
-Nothing is unpickled but tensors and the few types that SAT's random states hold.
+One file a model-parallel rank. Nothing is unpickled but tensors and the few types that SAT's random
+states hold.
 """
 
+import pickle
 import re
+import zipfile
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,11 @@ import torch
 from numpy._core.multiarray import _reconstruct
 from numpy.dtypes import UInt32DType
 from torch import Tensor
+
+from megavideo.checkpoint.formats.interface import Reader
+from megavideo.checkpoint.tensor_stream import TensorSpec
+from megavideo.model.table import shard_named
+from megavideo.parallel.shard import join, whole_shape
 
 # SAT's name of a tensor -> our canonical one. Layer numbers stand for {i}.
 NAMES = {
@@ -57,30 +66,120 @@ def canonical_name(sat_name: str) -> str:
     raise ValueError(f"{sat_name} is no tensor of CogView2 or CogVideo in SAT's format")
 
 
+def sat_name(canonical: str) -> str:
+    """SAT's name of our tensor `canonical`.
+
+    Raises: ValueError if SAT has no such tensor.
+    """
+    for theirs, ours in NAMES.items():
+        pattern = re.escape(ours).replace(re.escape("{i}"), r"(?P<i>\d+)")
+        match = re.fullmatch(rf"{pattern}(?P<part>\.weight|\.bias)?", canonical)
+        if match:
+            return theirs.replace("{i}", match.groupdict().get("i") or "") + (match["part"] or "")
+    raise ValueError(f"SAT's format has no tensor for {canonical}")
+
+
+class SatReader(Reader):
+    """Reads whole tensors out of one file a model-parallel rank. The format has no digests.
+
+    What was read of a memory-mapped file counts as this process's memory until the map is dropped;
+    so the files are mapped anew whenever as many bytes were read as the largest tensor has.
+    """
+
+    format = "sat"
+
+    def __init__(self, path: Path):
+        """Raises: ValueError if it is not whole, or its ranks do not fit each other."""
+        self.path = path
+        self._ranks = _load(path)
+        self.tensors = {name: self._spec(name) for name in self._ranks[0]}
+        self._largest = max((spec.nbytes for spec in self.tensors.values()), default=0)
+        self._mapped = 0
+        self._lock = Lock()
+        self.files = [file.relative_to(path) for file in _rank_files(_iteration(path))]
+        if (path / "latest").is_file():
+            self.files.append(Path("latest"))
+
+    def read(self, name: str) -> Tensor:
+        with self._lock:
+            self._mapped += self.tensors[name].nbytes
+            if self._mapped > self._largest:
+                self._ranks = _load(self.path)
+                self._mapped = self.tensors[name].nbytes
+            whole = _join(self._ranks, name, self.path)
+            is_copy = len(self._ranks) > 1 and shard_named(name).dim is not None
+            return whole if is_copy else whole.clone()
+
+    def verify_files(self) -> None:
+        """Check the checksums that a .pt file has for being a zip archive."""
+        for file in _rank_files(_iteration(self.path)):
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{file} is damaged: the checksum of its record {damaged} differs")
+
+    def _spec(self, name: str) -> TensorSpec:
+        parts = [rank[name] for rank in self._ranks]
+        if len({part.dtype for part in parts}) > 1:
+            raise ValueError(f"{self.path}: {name} has another type in every rank")
+        try:
+            shape = whole_shape([tuple(part.shape) for part in parts], shard_named(name))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {name}: {error}") from None
+        return TensorSpec(parts[0].dtype, shape)
+
+
 def is_sat(folder: Path) -> bool:
     """Whether `folder` looks like a SAT checkpoint (its root, or one iteration's folder)."""
     return bool(_rank_files(_iteration(folder)))
 
 
 def read_sat(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a SAT checkpoint under canonical names, on the CPU and memory-mapped.
+    """Tensors of a SAT checkpoint under canonical names, on the CPU.
 
-    Raises: ValueError if the folder is not whole, or split over model-parallel ranks.
+    Those of one rank, and those that ranks share, are memory-mapped; parts of several are joined.
+
+    Raises: ValueError if the folder is not whole, or its ranks do not fit each other.
     """
+    ranks = _load(folder)
+    return {name: _join(ranks, name, folder) for name in ranks[0]}
+
+
+def _join(ranks: list[dict[str, Tensor]], name: str, folder: Path) -> Tensor:
+    try:
+        return join([rank[name] for rank in ranks], shard_named(name))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {name}: {error}") from None
+
+
+def _load(folder: Path) -> list[dict[str, Tensor]]:
+    """Every rank's tensors under canonical names, memory-mapped."""
     files = _rank_files(_iteration(folder))
-    if not files:
+    wanted = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(max(1, len(files)))]
+    lacking = [name for name in wanted if name not in {file.name for file in files}]
+    if lacking:
         raise ValueError(
-            f"{folder} holds no mp_rank_00_model_states.pt; name the checkpoint folder"
+            f"{folder} holds no {lacking[0]}; name the checkpoint folder, with all its files"
         )
-    if len(files) > 1:
+    ranks = [_load_rank(file) for file in files]
+    for file, tensors in zip(files, ranks, strict=True):
+        odd = sorted(tensors.keys() ^ ranks[0].keys())
+        if odd:
+            raise ValueError(f"{file} and {files[0].name} differ in having {', '.join(odd)}")
+    return ranks
+
+
+def _load_rank(file: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"{folder} is split over {len(files)} model-parallel ranks ({files[-1].name}); "
-            "only a checkpoint of one rank can be read, merge it first"
-        )
-    with torch.serialization.safe_globals(SAFE_TYPES):
-        content = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict) or "module" not in content:
-        raise ValueError(f"{files[0]} has no entry `module`; it is no SAT checkpoint")
+            f"{file} is damaged, or holds more than tensors and random states: {reason}"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
+        raise ValueError(f"{file} has no entry `module`; it is no SAT checkpoint")
     return {canonical_name(name): tensor for name, tensor in content["module"].items()}
 
 

@@ -1,6 +1,5 @@
 """Reading SAT's format: names old and new, random states, and what is refused."""
 
-import pickle
 import random
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from megavideo.checkpoint.formats.sat import canonical_name, is_sat, read_sat
+from tests.unit.checkpoint.samples import weights, write_split_sat
 
 VECTORS = Path(__file__).parents[2] / "reference" / "vectors"
 
@@ -46,14 +46,43 @@ class Harmful:
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_sat(tmp_path, {}, trap=Harmful())
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="more than tensors and random states"):
         read_sat(folder)
     assert "executed" not in capsys.readouterr().out
 
 
-def test_a_split_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
-    folder = write_sat(tmp_path, {}, ranks=2)
-    with pytest.raises(ValueError, match="split over 2 model-parallel ranks"):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_split_checkpoint_is_joined(ranks: int, tmp_path: Path) -> None:
+    tensors = weights()
+    write_split_sat(tmp_path, tensors, ranks)
+    read = read_sat(tmp_path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_ranks_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
+    tensors = weights()
+    write_split_sat(tmp_path / "a", tensors, 2)
+    one = tmp_path / "a" / "100" / "mp_rank_01_model_states.pt"
+    content = torch.load(one, weights_only=True)
+    content["module"]["transformer.final_layernorm.bias"] += 1
+    torch.save(content, one)
+    with pytest.raises(ValueError, match=r"head\.norm\.bias: ranks hold different values"):
+        read_sat(tmp_path / "a")
+    del content["module"]["transformer.final_layernorm.bias"]
+    torch.save(content, one)
+    with pytest.raises(ValueError, match=r"differ in having head\.norm\.bias"):
+        read_sat(tmp_path / "a")
+    one.rename(one.with_name("mp_rank_02_model_states.pt"))
+    with pytest.raises(ValueError, match="mp_rank_01_model_states"):
+        read_sat(tmp_path / "a")
+
+
+def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:
+    folder = write_sat(tmp_path, {"transformer.final_layernorm.weight": torch.ones(4)})
+    path = folder / "100" / "mp_rank_00_model_states.pt"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="is damaged"):
         read_sat(folder)
 
 

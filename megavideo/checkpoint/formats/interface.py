@@ -1,0 +1,136 @@
+"""What every checkpoint format offers to `megavideo convert`: a reader, a writer, or both.
+
+Tensors go by canonical parameter names; optimizer moments by `NAME.exp_avg`, `NAME.exp_avg_sq`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megavideo.checkpoint.files import TensorEntry
+from megavideo.checkpoint.manifest import Manifest
+from megavideo.checkpoint.tensor_stream import TensorSpec
+from megavideo.model.table import expected_shapes, layer_of, shard_named
+from megavideo.parallel.shard import Shard
+
+MOMENTS = (".exp_avg", ".exp_avg_sq")
+Write = Callable[[str, Tensor], None]
+
+
+class Reader(ABC):
+    """A checkpoint of one format, read one whole (joined) tensor at a time.
+
+    Attributes:
+        format: its name for people.
+        path: the folder.
+        tensors: what it holds, by canonical name.
+        files: every file that it is made of, relative to `path`.
+        training: progress, configuration and so on of a training run; None for bare weights.
+    """
+
+    format: str
+    path: Path
+    tensors: dict[str, TensorSpec]
+    files: list[Path]
+    training: Manifest | None = None
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU. Safe to call from several threads.
+
+        Raises: ValueError if it is damaged.
+        """
+
+    def verify_files(self) -> None:  # noqa: B027  (formats with digests check as they read)
+        """Check what `read` does not, in a format without digests.
+
+        Raises: ValueError if a file is damaged.
+        """
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that are written together, in one pass over `tensors`."""
+
+    files: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+class Writer(ABC):
+    """A checkpoint of one format, written group by group into a folder that is not yet public."""
+
+    format: str
+
+    @abstractmethod
+    def groups(self, tensors: Mapping[str, TensorSpec]) -> list[Group]:
+        """How `tensors` are laid out over files.
+
+        Raises: ValueError if the format cannot hold them.
+        """
+
+    @abstractmethod
+    def writing(
+        self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]
+    ) -> AbstractContextManager[Write]:
+        """Yield `write(name, whole tensor)`, called in the group's order; files end fsynced."""
+
+    @abstractmethod
+    def finish(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+        """Write what makes the files a checkpoint: manifest, index or pointer."""
+
+
+def is_moment(name: str) -> bool:
+    """Whether `name` is a tensor of the optimizer's state."""
+    return name.endswith(MOMENTS)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a weight or a moment belongs to."""
+    for suffix in MOMENTS:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def shard_for(name: str) -> Shard:
+    """How the weight or moment `name` is cut: a moment like its parameter."""
+    return shard_named(parameter_of(name))
+
+
+def by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names grouped by layer, in the model's order."""
+    layers: dict[str, list[str]] = {}
+    for name in sorted(names, key=_position):
+        layers.setdefault(layer_of(name), []).append(name)
+    return layers
+
+
+def check_whole(reader: Reader) -> None:
+    """Check that a checkpoint holds exactly the weights of one model, of fitting shapes.
+
+    Raises: ValueError listing what is missing, unexpected or of another shape.
+    """
+    have = {n: spec.shape for n, spec in reader.tensors.items() if not is_moment(n)}
+    try:
+        want = expected_shapes(have)
+    except ValueError as error:
+        raise ValueError(f"{reader.path} is no whole checkpoint: {error}") from None
+    problems = [f"missing {name}" for name in sorted(want.keys() - have.keys())]
+    problems += [f"unexpected {name}" for name in sorted(have.keys() - want.keys())]
+    for name in sorted(want.keys() & have.keys()):
+        if have[name] != want[name]:
+            problems.append(f"{name} has shape {list(have[name])}, not {list(want[name])}")
+    for name in sorted(filter(is_moment, reader.tensors)):
+        if reader.tensors[name].shape != have.get(parameter_of(name)):
+            problems.append(f"{name} belongs to no weight of its shape")
+    if problems:
+        raise ValueError(f"{reader.path} is no whole checkpoint: {'; '.join(problems)}")
+
+
+def _position(name: str) -> tuple[int, int, str]:
+    first, *rest = name.split(".")
+    kind = {"embedding": 0, "layers": 1}.get(first, 2)
+    return kind, int(rest[0]) if kind == 1 else 0, name

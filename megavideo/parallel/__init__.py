@@ -1,0 +1,1 @@
+"""How the model is cut over tensor-parallel ranks. Knows nothing of DeepSpeed or video."""

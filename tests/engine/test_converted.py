@@ -1,0 +1,46 @@
+"""A run that was cut for other ranks and put together again goes on as if nothing had happened."""
+
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from megavideo.checkpoint.convert_command import main
+from megavideo.engine.build import build_engine
+from megavideo.engine.snapshot import save_checkpoint
+from megavideo.engine.world import World
+from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.engine.test_nonfinite import assert_same_state
+
+
+def convert(*arguments: object) -> None:
+    CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+
+
+def test_training_goes_on_from_a_converted_run_bit_for_bit(world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", {"precision": "bf16"})
+    engine = build_engine(settings, world, FINGERPRINT)
+    for _ in range(2):
+        engine.train_batch(micro_batches(engine.progress.consumed_samples))
+    save_checkpoint(engine, settings, FINGERPRINT)
+    convert(tmp_path / "run", tmp_path / "cut", "--to", "megavideo", "--tp", 2, "--verify")
+    convert(tmp_path / "cut", tmp_path / "back", "--to", "run", "--verify")
+    moved = config(tmp_path / "back", {"precision": "bf16"})
+    resumed = build_engine(moved, world, FINGERPRINT)
+    assert resumed.progress == engine.progress
+    assert_same_state(resumed, engine)
+    expected = engine.train_batch(micro_batches(engine.progress.consumed_samples))
+    result = resumed.train_batch(micro_batches(resumed.progress.consumed_samples))
+    assert result.loss == expected.loss
+
+
+def test_converted_weights_start_a_run_like_the_run_they_came_from(
+    world: World, tmp_path: Path
+) -> None:
+    settings = config(tmp_path / "run")
+    save_checkpoint(build_engine(settings, world, FINGERPRINT), settings, FINGERPRINT)
+    convert(tmp_path / "run", tmp_path / "sat", "--to", "sat", "--tp", 2)
+    digests = set()
+    for base in ("run", "sat"):
+        started = config(tmp_path / f"on-{base}", {"base": str(tmp_path / base)})
+        digests.add(build_engine(started, world, FINGERPRINT).frozen.digest)
+    assert len(digests) == 1
