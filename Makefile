@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: help install demo test lint clean
 
 help:
-	@echo "make demo    render clips, tokenise them, pretrain both stages, write runs/demo/report (about 6 minutes)"
-	@echo "make test    run all tests (about 8 minutes on two cores)"
+	@echo "make demo    render clips, tokenise them, pretrain both stages, write runs/demo/report (5 minutes on two idle cores)"
+	@echo "make test    run all tests (about 5 minutes on two cores)"
 	@echo "make lint    check format, lint and types"
 	@echo "make clean   remove .venv and build files; runs/ stays"
 	@echo "PYTHON=python3.12 make ...   chooses the interpreter"

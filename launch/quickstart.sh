@@ -42,7 +42,7 @@ show megavideo render-clips --out "$run/clips" --count 480
 # Tokenizers for text and frames.
 show megavideo train-text-tokenizer "$run/clips/captions.csv" --vocab-size 512 --out "$run/text.model"
 show megavideo train-image-tokenizer "$run/clips" --out "$run/image.safetensors" --size 64 \
-    --channels 8 --z-channels 32 --codes 256 --steps 360 --batch 8 --crop 32 --frames 4000 \
+    --channels 8 --z-channels 32 --codes 256 --steps 560 --batch 8 --crop 32 --frames 4000 \
     --learning-rate 4e-3 --preview "$run/report/image-tokenizer.png"
 
 # Offline tokenisation into WebDataset shards; a tenth of the captions is held out.

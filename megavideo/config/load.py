@@ -37,7 +37,9 @@ def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) ->
 def dump_config(config: Config) -> str:
     """`config` as YAML that `load_config` reads back to an equal value."""
     stream = StringIO()
-    YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), stream)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(config.model_dump(mode="json"), stream)
     return stream.getvalue()
 
 

@@ -91,7 +91,7 @@ def describe(config: Config, world_size: int) -> str:
             f"parameters   {trainable:,} trainable, {frozen:,} frozen",
             f"layout       {world_size} data-parallel rank(s), ZeRO {parallel.zero}, "
             f"{recipe.precision}, recompute {parallel.recompute}",
-            f"batch        {recipe.batch} samples = {world_size} ranks x {accumulation} "
+            f"batch        {recipe.batch} samples = {world_size} rank(s) x {accumulation} "
             f"micro-batches x {recipe.micro_batch}",
             f"steps        {recipe.steps:,}: {recipe.steps * recipe.batch:,} samples, "
             f"{recipe.steps * recipe.batch * grid.sequence:,} tokens",
