@@ -1,6 +1,10 @@
-"""One compared quantity is one row: the largest error relative to the array's largest value."""
+"""One compared quantity is one row: the largest error relative to the array's largest value.
+
+Also what all cases share: how their metadata names a model's sizes.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,3 +40,12 @@ def compare(case: str, quantity: str, ours: np.ndarray, reference: np.ndarray, d
     difference = np.abs(ours.astype(np.float64) - reference.astype(np.float64))
     largest = float(np.abs(reference.astype(np.float64)).max(initial=0.0))
     return Row(case, quantity, float(difference.max(initial=0.0)) / (largest or 1.0), tolerance)
+
+
+def sizes(meta: dict[str, Any]) -> dict[str, int]:
+    """ModelConfig's sizes in a case's metadata (FL is a frame's length, TL the text's)."""
+    names = {"hidden": "h", "heads": "nh", "layers": "L", "text_slots": "TL", "frames": "F"}
+    return {
+        **{ours: meta[theirs] for ours, theirs in names.items()},
+        "side": round(meta["FL"] ** 0.5),
+    }

@@ -13,7 +13,7 @@ from megavideo.checkpoint.formats.sat import canonical_name, read_sat
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.init import inherit, inherited_from
-from megavideo.verify.compare import Row, compare
+from megavideo.verify.compare import Row, compare, sizes
 
 EXPECTED = "after_finetune_load.npz"
 
@@ -40,12 +40,7 @@ def checkpoint_rows(folder: Path) -> Iterator[Row]:
 def _config(meta: dict[str, Any], base: dict[str, Tensor]) -> ModelConfig:
     rows = len(base["embedding.word"])
     return ModelConfig(
-        hidden=meta["h"],
-        heads=meta["nh"],
-        layers=meta["L"],
-        text_slots=meta["TL"],
-        frames=meta["F"],
-        side=round(meta["FL"] ** 0.5),
+        **sizes(meta),
         vocab_size=rows,
         image_codes=rows - 1,
         pad=0,

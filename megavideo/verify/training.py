@@ -19,7 +19,7 @@ from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.embed import Embedding, text_positions
 from megavideo.model.head import Head, frame_losses
 from megavideo.model.trainable import mark_trainable
-from megavideo.verify.compare import Row, compare
+from megavideo.verify.compare import Row, compare, sizes
 
 Arrays = Mapping[str, np.ndarray]
 Quantities = dict[str, Tensor | np.ndarray]
@@ -145,12 +145,7 @@ class TrainingCase:
 
 def _configs(meta: dict[str, Any], weights: Arrays) -> tuple[ModelConfig, RecipeConfig]:
     model = ModelConfig(
-        hidden=meta["h"],
-        heads=meta["nh"],
-        layers=meta["L"],
-        text_slots=meta["TL"],
-        frames=meta["F"],
-        side=round(meta["FL"] ** 0.5),
+        **sizes(meta),
         vocab_size=meta["vocab"],
         image_codes=meta["num_image_tokens"],
         pad=meta["pad_id"],
