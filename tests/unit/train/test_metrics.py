@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_every_held_out_sample_counts_once(alone: World) -> None:
     assert held_out.loss == pytest.approx((1.25 + 12.5) / 2)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job that was started in the background of a script has inherited an ignored SIGINT."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_asks_and_the_second_acts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signals() as stop:
