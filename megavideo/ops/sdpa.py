@@ -18,13 +18,14 @@ def sdpa_local_attention(
 ) -> Tensor:
     """Output [B, V, H*D]; arguments as in reference.forward. Differentiable."""
     text_slots = text_kv.shape[1]
-    order, masks = _layout(rule, str(image_qkv.device))
+    order, back, masks = _layout(rule, str(image_qkv.device))
     real = text_visible(
         torch.arange(text_slots, device=order.device), text_length[:, None], text_slots
     )
     text_k, text_v = text_kv.permute(2, 0, 3, 1, 4)
     parts = []
-    for packed, visible in zip(_gather(image_qkv, order, masks), masks, strict=True):
+    side_by_side = image_qkv[:, order].split([len(mask) for mask in masks], 1)
+    for packed, visible in zip(side_by_side, masks, strict=True):
         q, k, v = packed.permute(2, 0, 3, 1, 4)
         n, batch = len(visible), len(real)
         mask = torch.cat([real[:, None].expand(-1, n, -1), visible.expand(batch, -1, -1)], 2)
@@ -33,17 +34,13 @@ def sdpa_local_attention(
                 q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), mask[:, None]
             )
         )
-    return torch.cat(parts, 2)[:, :, order.argsort()].transpose(1, 2).flatten(2)
-
-
-def _gather(image_qkv: Tensor, order: Tensor, masks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The slots of each block, side by side."""
-    return image_qkv[:, order].split([len(mask) for mask in masks], 1)
+    return torch.cat(parts, 2)[:, :, back].transpose(1, 2).flatten(2)
 
 
 @lru_cache(maxsize=64)
-def _layout(rule: Rule, device: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Slots in block order, int64 [V], and each block's mask, bool [n, n]."""
+def _layout(rule: Rule, device: str) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Slots in block order and the way back, int64 [V], and each block's mask, bool [n, n]."""
     parts = blocks(rule)
-    order = torch.cat([torch.from_numpy(block.slots) for block in parts])
-    return order.to(device), tuple(torch.from_numpy(b.visible).to(device) for b in parts)
+    order = torch.cat([torch.from_numpy(block.slots) for block in parts]).to(device)
+    masks = tuple(torch.from_numpy(block.visible).to(device) for block in parts)
+    return order, order.argsort(), masks
