@@ -5,13 +5,13 @@ and type; softmax is computed in float32, or in float64 for float64 inputs.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megavideo.layout.render import Block, blocks
 from megavideo.layout.rules import Rule, text_visible
+from megavideo.ops.masked_softmax import MaskedSoftmax, compute_dtype, dropout_generator
 
 
 def forward(
@@ -33,11 +33,10 @@ def forward(
     """
     batch, slots, _, heads, _ = image_qkv.shape
     out = torch.empty_like(image_qkv[:, :, 0])
-    lse = torch.empty(batch, heads, slots, dtype=_compute_dtype(image_qkv), device=out.device)
-    for part in _parts(image_qkv, text_kv, text_length, rule, dropout, seed):
-        lse[:, :, part.slots] = part.scores.logsumexp(-1)
-        probability = part.drop(part.scores.softmax(-1))
-        out[:, part.slots] = (probability @ part.v).transpose(1, 2).to(out.dtype)
+    lse = torch.empty(batch, heads, slots, dtype=compute_dtype(image_qkv), device=out.device)
+    for places, softmax in _parts(image_qkv, text_kv, text_length, rule, dropout, seed):
+        lse[:, :, places] = softmax.lse
+        out[:, places] = softmax.output().transpose(1, 2).to(out.dtype)
     return out.flatten(2), lse
 
 
@@ -53,44 +52,26 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of (image_qkv, text_kv), given that of the output, [B, V, H*D]."""
     _, _, _, heads, size = image_qkv.shape
-    text_slots, scale = text_kv.shape[1], size**-0.5
+    text_slots = text_kv.shape[1]
     grad_image = torch.zeros_like(image_qkv, dtype=lse.dtype)
     grad_text = torch.zeros_like(text_kv, dtype=lse.dtype)
     grad = grad.unflatten(2, (heads, size))
-    for part in _parts(image_qkv, text_kv, text_length, rule, dropout, seed):
-        do = grad[:, part.slots].transpose(1, 2).to(lse.dtype)
-        probability = (part.scores - lse[:, :, part.slots, None]).exp()
-        dp = part.drop(do @ part.v.transpose(-1, -2))
-        ds = probability * (dp - (dp * probability).sum(-1, keepdim=True)) * scale
-        dk, dv = ds.transpose(-1, -2) @ part.q, part.drop(probability).transpose(-1, -2) @ do
+    for places, softmax in _parts(image_qkv, text_kv, text_length, rule, dropout, seed):
+        do = grad[:, places].transpose(1, 2).to(lse.dtype)
+        dq, dk, dv = softmax.gradients(do, lse[:, :, places])
         grad_kv = torch.stack([dk, dv], dim=-2).transpose(1, 2).transpose(2, 3)
         grad_text += grad_kv[:, :text_slots]
-        grad_image[:, part.slots, 1:] = grad_kv[:, text_slots:]
-        grad_image[:, part.slots, 0] = (ds @ part.k).transpose(1, 2)
+        grad_image[:, places, 1:] = grad_kv[:, text_slots:]
+        grad_image[:, places, 0] = dq.transpose(1, 2)
     return grad_image.to(image_qkv.dtype), grad_text.to(text_kv.dtype)
-
-
-@dataclass
-class _Part:
-    """One block: q [B,H,n,D], k and v [B,H,T+n,D], scores [B,H,n,T+n] with -inf if not visible."""
-
-    slots: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scores: Tensor
-    kept: Tensor | None
-
-    def drop(self, probability: Tensor) -> Tensor:
-        """Zero what is dropped, scale up the rest; its own transpose, so backward uses it too."""
-        return probability if self.kept is None else probability * self.kept
 
 
 def _parts(
     image_qkv: Tensor, text_kv: Tensor, text_length: Tensor, rule: Rule, dropout: float, seed: int
-) -> Iterator[_Part]:
-    device, dtype = image_qkv.device, _compute_dtype(image_qkv)
-    generator = torch.Generator(device).manual_seed(seed) if dropout else None
+) -> Iterator[tuple[Tensor, MaskedSoftmax]]:
+    """Each block's slots, and their attention over text and block."""
+    device, dtype = image_qkv.device, compute_dtype(image_qkv)
+    generator = dropout_generator(dropout, seed, device)
     text_slots = text_kv.shape[1]
     real_text = text_visible(
         torch.arange(text_slots, device=device), text_length[:, None], text_slots
@@ -100,9 +81,8 @@ def _parts(
         q, k, v = image_qkv[:, slots].to(dtype).permute(2, 0, 3, 1, 4)
         text_k, text_v = text_kv.to(dtype).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~_visible(block, real_text), -torch.inf)
-        yield _Part(slots, q, k, v, scores, _kept(scores, dropout, generator))
+        visible = _visible(block, real_text)
+        yield slots, MaskedSoftmax.of(q, k, v, visible, dropout, generator)
 
 
 def _visible(block: Block, real_text: Tensor) -> Tensor:
@@ -110,15 +90,3 @@ def _visible(block: Block, real_text: Tensor) -> Tensor:
     image = torch.from_numpy(block.visible).to(real_text.device)
     text = real_text[:, None, :].expand(-1, len(image), -1)
     return torch.cat([text, image.expand(len(text), -1, -1)], 2)[:, None]
-
-
-def _kept(scores: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor | None:
-    """What probabilities are multiplied by: 0 where dropped, 1 / (1 - dropout) elsewhere."""
-    if generator is None:
-        return None
-    drawn = torch.rand(scores.shape, generator=generator, device=scores.device)
-    return (drawn >= dropout).to(scores.dtype) / (1 - dropout)
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
