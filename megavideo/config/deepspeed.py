@@ -37,6 +37,12 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
             f"process{'es were' if world_size > 1 else ' was'} started; start it with torchrun "
             f"--nproc-per-node, or set parallel.world_size=0 to take what is started"
         )
+    if world_size % (parallel.pp * parallel.tp):
+        raise ValueError(
+            f"parallel.pp={parallel.pp} x parallel.tp={parallel.tp} does not divide the "
+            f"{world_size} process{'es' if world_size > 1 else ''} that were started; start a "
+            f"multiple of {parallel.pp * parallel.tp}, or choose another layout"
+        )
 
 
 def check_precision(recipe: RecipeConfig, parallel: ParallelConfig, fp16_works: bool) -> None:

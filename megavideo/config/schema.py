@@ -193,11 +193,13 @@ class RecipeConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How a run is laid out over processes. Data-parallel ranks are whatever torchrun starts."""
+    """How a run is laid out over processes: world size = pp x dp x tp, of which dp follows."""
 
     world_size: Natural = Field(
         0, description="processes that this layout is meant for; 0 takes what was started"
     )
+    tp: Count = Field(1, description="tensor-parallel ranks: each holds a part of every layer")
+    pp: Count = Field(1, description="pipeline stages: each holds some of the layers")
     zero: Annotated[int, Field(ge=0, le=3)] = Field(
         1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients, 3 parameters too"
     )

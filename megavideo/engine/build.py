@@ -12,7 +12,6 @@ from megavideo.checkpoint.sources import OPTIMIZER, find_checkpoint, read_weight
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
-    check_world,
     deepspeed_config,
 )
 from megavideo.config.schema import Config, RecipeConfig
@@ -38,7 +37,7 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     Raises:
         ValueError: if layout, checkpoint, base or data do not fit; before any training.
     """
-    world.from_rank_zero(lambda: check_layout(config, world.size))
+    world.from_rank_zero(lambda: check_layout(config, world.mesh.dp.size))
     checkpoint = world.from_rank_zero(lambda: find_resume(config, data))
     manifest = read_manifest(checkpoint) if checkpoint else None
     model = new_model(config, world.device)
@@ -67,10 +66,9 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     return engine
 
 
-def check_layout(config: Config, world_size: int) -> None:
-    """Refuse a batch, precision or world size that cannot be trained (config/deepspeed.py)."""
-    check_world(config.parallel, world_size)
-    accumulation_steps(config.recipe, world_size)
+def check_layout(config: Config, dp_size: int) -> None:
+    """Refuse a batch or precision that cannot be trained in this layout (config/deepspeed.py)."""
+    accumulation_steps(config.recipe, dp_size)
     accelerator = deepspeed.get_accelerator()
     check_precision(config.recipe, config.parallel, bool(accelerator.is_fp16_supported()))
 
@@ -115,7 +113,7 @@ def _initialize(
         home, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config.recipe, config.parallel, world.size),
+            config=deepspeed_config(config.recipe, config.parallel, world.mesh.dp.size),
             dist_init_required=False,
         )
     return home

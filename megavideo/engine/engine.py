@@ -131,8 +131,8 @@ class Engine:
 
     def _seed_dropout(self, micro_step: int) -> None:
         """Dropout is a function of the samples' global position: a resume needs no RNG state."""
-        recipe, world = self._recipe, self.world
-        drawn = (micro_step * world.size + world.rank) * recipe.micro_batch
+        recipe, replicas = self._recipe, self.world.mesh.dp
+        drawn = (micro_step * replicas.size + replicas.rank) * recipe.micro_batch
         position = self.progress.consumed_samples + drawn
         torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout %d" % position, recipe.seed))
 
@@ -179,7 +179,7 @@ class Engine:
     def _result(
         self, losses: Tensor, norm: float, rate: float, skipped: bool, waited: float
     ) -> StepResult:
-        means = (self.world.total(losses) / self.world.size).tolist()
+        means = (self.world.total(losses) / self.world.mesh.dp.size).tolist()
         return StepResult(
             loss=sum(means) / len(means),
             frame_losses=tuple(means),

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -11,26 +11,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavideo.config.deepspeed import check_world
+from megavideo.config.schema import ParallelConfig
+from megavideo.parallel.mesh import Mesh
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. Every one of them is a data-parallel rank."""
+    """This process among all, and its place on the mesh of parallel axes."""
 
     rank: int
     size: int
     device: torch.device
+    mesh: Mesh = field(default_factory=Mesh.single)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all ranks, on the CPU."""
+        """The sum of `values` over the data-parallel replicas, on the CPU."""
         values = values.to(self.device, copy=True)
-        dist.all_reduce(values)
+        if self.mesh.dp.size > 1:
+            dist.all_reduce(values, group=self.mesh.dp.group)
         return values.cpu()
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank; all get the same answer."""
-        return bool(self.total(torch.tensor(float(flag))) > 0)
+        flags = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flags)
+        return bool(flags > 0)
 
     def from_rank_zero(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 only and give its result to every rank.
@@ -65,11 +73,15 @@ class World:
         return own[0] if own else function()
 
 
-def join_world(timeout_minutes: float) -> World:
+def join_world(timeout_minutes: float, parallel: ParallelConfig | None = None) -> World:
     """Join the processes that torchrun started, or be a world of one without it.
 
     Args:
         timeout_minutes: longest wait for another rank before a collective fails.
+        parallel: the layout; without it every process is a data-parallel rank.
+
+    Raises:
+        ValueError: if the layout needs another number of processes.
     """
     device = _device()
     if not dist.is_initialized():
@@ -81,7 +93,10 @@ def join_world(timeout_minutes: float) -> World:
             dist.init_process_group(
                 backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
             )
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    layout = parallel or ParallelConfig()
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    world.from_rank_zero(lambda: check_world(layout, world.size))
+    return replace(world, mesh=Mesh.build(layout.pp, layout.tp))
 
 
 def _device() -> torch.device:

@@ -35,8 +35,9 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
 
     A resumed run draws the samples that an unbroken one would have drawn. SIGTERM and Ctrl-C
     finish the step, save, and exit with status 0. Metrics go to metrics.jsonl and tensorboard/ in
-    the run's folder. Several processes are started by torchrun; each is a data-parallel rank. A
-    signal to torchrun reaches them all, but torchrun itself then exits with 1.
+    the run's folder. Several processes are started by torchrun; parallel.pp x parallel.tp of them
+    are one replica of the model. A signal to torchrun reaches them all, but torchrun itself then
+    exits with 1.
 
     \b
     Example:
@@ -48,7 +49,7 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
     if dry_run:
         click.echo(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
         return
-    world = join_world(config.run.timeout_minutes)
+    world = join_world(config.run.timeout_minutes, config.parallel)
     if fresh:
         world.from_rank_zero(lambda: _refuse_checkpoints(Path(config.run.directory)))
     try:
@@ -78,7 +79,8 @@ def describe(config: Config, world_size: int) -> str:
     """
     recipe, parallel = config.recipe, config.parallel
     check_world(parallel, world_size)
-    accumulation = accumulation_steps(recipe, world_size)
+    replicas = world_size // (parallel.pp * parallel.tp)
+    accumulation = accumulation_steps(recipe, replicas)
     parameters = canonical_parameters(new_model(config, torch.device("meta")))
     trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
@@ -89,9 +91,10 @@ def describe(config: Config, world_size: int) -> str:
             f"stage        {recipe.stage}, {grid.text} text slots and {grid.frames} frame(s) of "
             f"{grid.side} x {grid.side} tokens: {grid.sequence} a sample",
             f"parameters   {trainable:,} trainable, {frozen:,} frozen",
-            f"layout       {world_size} data-parallel rank(s), ZeRO {parallel.zero}, "
-            f"{recipe.precision}, recompute {parallel.recompute}",
-            f"batch        {recipe.batch} samples = {world_size} rank(s) x {accumulation} "
+            f"layout       {world_size} process(es) = pp {parallel.pp} x dp {replicas} x tp "
+            f"{parallel.tp}, ZeRO {parallel.zero}, {recipe.precision}, "
+            f"recompute {parallel.recompute}",
+            f"batch        {recipe.batch} samples = {replicas} replica(s) x {accumulation} "
             f"micro-batches x {recipe.micro_batch}",
             f"steps        {recipe.steps:,}: {recipe.steps * recipe.batch:,} samples, "
             f"{recipe.steps * recipe.batch * grid.sequence:,} tokens",

@@ -45,8 +45,10 @@ def train(run: Run) -> None:
         RunFailed: if the loss stays without a finite value, or a frozen weight changed.
     """
     engine, steps = run.engine, run.config.recipe.steps
-    rank, size = engine.world.rank, engine.world.size
-    batches = run.training.micro_batches(engine.progress.consumed_samples, rank, size)
+    replica = engine.world.mesh.dp
+    batches = run.training.micro_batches(
+        engine.progress.consumed_samples, replica.rank, replica.size
+    )
     with (
         closing(run.recorder) as recorder,
         closing(batches),  # type: ignore[type-var]  # a generator: closing it stops its threads
@@ -108,8 +110,9 @@ def _do_what_is_due(run: Run) -> None:
 def _evaluate(run: Run) -> None:
     assert run.validation is not None, "config refuses evaluate_every without data.validation"
     engine, world = run.engine, run.engine.world
+    replica, recipe = world.mesh.dp, run.config.recipe
     batches = run.validation.held_out_batches(
-        run.config.run.evaluate_samples, run.config.recipe.micro_batch, world.rank, world.size
+        run.config.run.evaluate_samples, recipe.micro_batch, replica.rank, replica.size
     )
     with engine.evaluating():
         held_out = held_out_loss(engine.frame_losses, batches, world)

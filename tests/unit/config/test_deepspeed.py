@@ -69,3 +69,9 @@ def test_the_batch_and_the_clip_reach_deepspeed() -> None:
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 2
+
+
+def test_a_layout_that_does_not_divide_the_world_is_one_clear_error() -> None:
+    check_world(ParallelConfig(tp=2, pp=2), 8)
+    with pytest.raises(ValueError, match=r"parallel\.pp=2 x parallel\.tp=2 does not divide the 6"):
+        check_world(ParallelConfig(tp=2, pp=2), 6)
