@@ -25,6 +25,10 @@ COMMANDS = {
         "megavideo.data_tools.train_image_tokenizer:main",
         "Train a VQ-VAE that turns frames into tokens.",
     ),
+    "cluster-codes": (
+        "megavideo.data_tools.cluster_codes:main",
+        "Group the image tokenizer's codes, for cluster sampling.",
+    ),
     "tokenize-videos": (
         "megavideo.data_tools.tokenize_videos:main",
         "Decode captioned videos and write their tokens as shards.",

@@ -14,15 +14,16 @@ ALLOWED = {
     "layout": set(),
     "parallel": set(),
     "ops": {"layout"},
+    "sampling": set(),
     "benchmark": {"layout", "ops"},
     "model": {"config", "layout", "ops", "parallel"},
     "data": {"config", "layout"},
     "checkpoint": {"config", "model", "parallel"},
     "engine": {"config", "layout", "model", "parallel", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
-    "verify": {"config", "layout", "model", "data", "checkpoint", "engine"},
+    "verify": {"config", "layout", "model", "sampling", "data", "checkpoint", "engine"},
     "report": {"config", "layout", "model", "data", "checkpoint", "engine", "train"},
-    "data_tools": {"config", "layout", "data"},
+    "data_tools": {"config", "layout", "sampling", "data"},
 }
 SHARED = {"log", "files"}
 

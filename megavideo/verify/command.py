@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from megavideo.verify.compare import Row
+from megavideo.verify.sampling import sampling_rows
 from megavideo.verify.sat_checkpoint import EXPECTED, checkpoint_rows
 from megavideo.verify.schedule import schedule_rows
 from megavideo.verify.training import TrainingCase
@@ -68,6 +69,8 @@ def _array_rows(path: Path, unchecked: list[str]) -> Iterator[Row]:
         unchecked += [f"{path.name}: {key}" for key in case.unchecked()]
     elif {"step", "lr"} <= values.keys():
         yield from schedule_rows(path.stem, meta, values)
+    elif "cluster_labels" in values:
+        yield from sampling_rows(path.stem, meta, values)
     else:
         unchecked.append(path.name)
 

@@ -28,7 +28,7 @@ def test_every_published_array_is_reproduced() -> None:
     assert result.exit_code == 0, result.output
     assert ", 0 out of tolerance" in result.output
     assert "no check for" not in result.output
-    for case in ("pub1", "pub3", "pub4", "pub_lr", "pub_ckpt_base"):
+    for case in ("pub1", "pub3", "pub4", "pub_lr", "pub_ckpt_base", "pub_sampling"):
         assert case in result.output
 
 

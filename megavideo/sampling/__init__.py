@@ -1,0 +1,1 @@
+"""From logits to image tokens: strategies, clusters of codes, and draws that a seed fixes."""
