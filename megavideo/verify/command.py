@@ -9,10 +9,13 @@ from typing import Any
 import click
 import numpy as np
 
+from megavideo.verify import superres
 from megavideo.verify.compare import Row
+from megavideo.verify.local_attention import PARAMETERS, local_attention_rows
 from megavideo.verify.sampling import sampling_rows
 from megavideo.verify.sat_checkpoint import EXPECTED, checkpoint_rows
 from megavideo.verify.schedule import schedule_rows
+from megavideo.verify.superres import superres_rows
 from megavideo.verify.training import TrainingCase
 
 
@@ -71,6 +74,11 @@ def _array_rows(path: Path, unchecked: list[str]) -> Iterator[Row]:
         yield from schedule_rows(path.stem, meta, values)
     elif "cluster_labels" in values:
         yield from sampling_rows(path.stem, meta, values)
+    elif meta.get("kind") in ("dsr", "itersr"):
+        yield from superres_rows(path.stem, meta, values)
+        unchecked += [f"{path.name}: {key}" for key in superres.unchecked(values)]
+    elif any(key.endswith(f"/{PARAMETERS}") for key in values):
+        yield from local_attention_rows(path.stem, values)
     else:
         unchecked.append(path.name)
 

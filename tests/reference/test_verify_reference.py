@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from megavideo.checkpoint.formats.sat import SAFE_TYPES
+from megavideo.layout.neighbourhood import NeighbourhoodRule
 from megavideo.layout.rules import temporal_rule
 from megavideo.model import attention, block, build, layers
+from megavideo.superres import layers as superres_layers
+from megavideo.superres.layers import Embedding
 from megavideo.verify.command import main
 from megavideo.verify.compare import compare
 from tests.unit.checkpoint.samples import sat_part
@@ -28,7 +32,17 @@ def test_every_published_array_is_reproduced() -> None:
     assert result.exit_code == 0, result.output
     assert ", 0 out of tolerance" in result.output
     assert "no check for" not in result.output
-    for case in ("pub1", "pub3", "pub4", "pub_lr", "pub_ckpt_base", "pub_sampling"):
+    for case in (
+        "pub1",
+        "pub3",
+        "pub4",
+        "pub_lr",
+        "pub_ckpt_base",
+        "pub_sampling",
+        "pub_dsr",
+        "pub_itersr",
+        "pub_ila",
+    ):
         assert case in result.output
 
 
@@ -70,6 +84,43 @@ def test_a_wrong_model_is_found_out(
     result = verify(window_case)
     assert result.exit_code == 1
     assert "MISS" in result.output
+
+
+def wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = superres_layers.fine_rule
+    monkeypatch.setattr(superres_layers, "fine_rule", lambda c: replace(rule(c), window_rows=5))
+
+
+def wrong_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour's cell instead of one's own."""
+    call = NeighbourhoodRule.__call__
+    monkeypatch.setattr(NeighbourhoodRule, "__call__", lambda rule, q, k: call(rule, q, k + 1))
+
+
+def wrong_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = Embedding.coarse
+    monkeypatch.setattr(Embedding, "coarse", lambda self, ids, at: coarse(self, ids, at - 1))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "cases"),
+    [
+        (wrong_window, {"pub_dsr", "pub_itersr"}),
+        (wrong_queries, {"pub_dsr", "pub_itersr", "pub_ila"}),
+        (wrong_position, {"pub_dsr"}),
+    ],
+)
+def test_wrong_super_resolution_is_found_out(
+    mistake: Callable[[pytest.MonkeyPatch], None],
+    cases: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("pub_dsr", "pub_itersr", "pub_ila"):
+        shutil.copy(VECTORS / f"{name}.npz", tmp_path)
+    mistake(monkeypatch)
+    lines = verify(tmp_path).output.splitlines()
+    assert {line.split()[0] for line in lines if line.endswith("MISS")} == cases
 
 
 def test_what_has_no_check_is_listed(window_case: Path) -> None:

@@ -12,7 +12,7 @@ from megavideo.layout.neighbourhood import NeighbourhoodRule, encode_rules
 from megavideo.ops.neighbourhood_attention import neighbourhood_attention
 
 # Arrays of the published local-attention kernels' arithmetic, computed independently in float64.
-VECTORS = Path(__file__).parent / "image_local_attention.npz"
+VECTORS = Path(__file__).parents[2] / "reference" / "vectors" / "pub_ila.npz"
 OWN = NeighbourhoodRule(6, 6, 6, 6, 5, 3)
 COARSE = NeighbourhoodRule(6, 6, 2, 3, 3, 1)
 NO_TEXT = torch.ones(2, dtype=torch.int64)
