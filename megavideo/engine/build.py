@@ -17,6 +17,7 @@ from megavideo.config.deepspeed import (
 from megavideo.config.schema import Config, RecipeConfig
 from megavideo.engine.engine import Engine
 from megavideo.engine.frozen import FrozenWeights
+from megavideo.engine.home import SingleStageHome
 from megavideo.engine.objective import Objective
 from megavideo.engine.optimizer import build_optimizer, parameter_groups
 from megavideo.engine.quiet import deepspeed, hushed
@@ -51,8 +52,8 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     engine = Engine(
         home,
-        Objective(config.model, config.recipe, world.device),
-        OptimizerState(home.basic_optimizer, home.optimizer, trainable, world.device),
+        home.objective.frames,
+        OptimizerState(home.optimizer, home.wrapper, trainable, world.device),
         FrozenWeights(parameters, world),
         config.recipe,
         world,
@@ -106,17 +107,18 @@ def find_resume(config: Config, data: str) -> Path | None:
 
 def _initialize(
     model: nn.Module, parameters: dict[str, nn.Parameter], config: Config, world: World
-) -> deepspeed.DeepSpeedEngine:
+) -> SingleStageHome:
     groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.recipe.optimizer, world.device)
     with hushed():
-        home, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=deepspeed_config(config.recipe, config.parallel, world.mesh.dp.size),
             dist_init_required=False,
         )
-    return home
+    objective = Objective(config.model, config.recipe, world.device)
+    return SingleStageHome(engine, objective, config.recipe.optimizer.clip, world)
 
 
 def _restore(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:

@@ -1,20 +1,20 @@
 """One optimizer step: micro-batches, backward, the update, and what happened."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from megavideo.checkpoint.manifest import Progress
 from megavideo.config.schema import RecipeConfig
+from megavideo.engine.dropout import seed_dropout
 from megavideo.engine.frozen import FrozenWeights
-from megavideo.engine.objective import Batch, Objective
+from megavideo.engine.home import Home, Update
+from megavideo.engine.objective import Batch
 from megavideo.engine.schedule import learning_rate
 from megavideo.engine.state import OptimizerState
 from megavideo.engine.world import World
@@ -50,12 +50,11 @@ class StepResult:
 
 
 class Engine:
-    """A model in DeepSpeed's hands.
+    """A run's model in training, wherever DeepSpeed keeps its layers.
 
     Args:
-        home: what `deepspeed.initialize` returned: reduces gradients, keeps the optimizer's state
-            cut as its ZeRO stage says.
-        objective: from a batch to the loss of each frame.
+        home: holds the layers, their gradients and the optimizer.
+        loss_frames: numbers of the frames that carry loss.
         state: the optimizer's state by canonical name, for checkpoints.
         frozen: the tripwire.
         progress: where the run stands.
@@ -63,8 +62,8 @@ class Engine:
 
     def __init__(
         self,
-        home: Any,
-        objective: Objective,
+        home: Home,
+        loss_frames: Sequence[int],
         state: OptimizerState,
         frozen: FrozenWeights,
         recipe: RecipeConfig,
@@ -72,8 +71,8 @@ class Engine:
         progress: Progress,
     ):
         self._home = home
-        self._objective = objective
         self._recipe = recipe
+        self.loss_frames = loss_frames
         self.world = world
         self.state = state
         self.frozen = frozen
@@ -82,90 +81,36 @@ class Engine:
     @property
     def loss_scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler in fp16, else None."""
-        return self._home.optimizer.loss_scaler if self._recipe.precision == "fp16" else None
+        return self._home.wrapper.loss_scaler if self._recipe.precision == "fp16" else None
 
     def train_batch(self, batches: Iterator[Batch]) -> StepResult:
         """Draw this rank's micro-batches of one global batch and make one optimizer step."""
         rate = self._set_learning_rate()
-        self._home.train()
-        steps = self._home.gradient_accumulation_steps()
-        losses = torch.zeros(len(self._objective.frames), device=self.world.device)
-        waited = 0.0
-        for micro_step in range(steps):
-            started = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - started
-            self._home.set_gradient_accumulation_boundary(micro_step + 1 == steps)
-            losses += self._backward(batch, micro_step) / steps
-        norm, applied = self._update()
-        self._advance(applied)
-        return self._result(losses, norm, rate, not applied, waited)
-
-    @property
-    def loss_frames(self) -> Sequence[int]:
-        """Numbers of the frames that carry loss."""
-        return self._objective.frames
+        update = self._home.train_batch(batches, self._seed_dropout)
+        self._advance(update.applied)
+        return self._result(update, rate)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Without dropout and gradients, until the next `train_batch`."""
-        self._home.eval()
+        self._home.module.eval()
         with torch.no_grad():
             yield
 
     def frame_losses(self, batch: Batch) -> Tensor:
-        """This rank's mean loss of each loss-carrying frame, [loss frames]."""
-        return self._objective(self._home, batch)
-
-    def _backward(self, batch: Batch, micro_step: int) -> Tensor:
-        """Add this micro-batch's gradient; returns its frame losses."""
-        self._seed_dropout(micro_step)
-        losses = self.frame_losses(batch)
-        loss = losses.mean()
-        # A loss that is not finite poisons its gradient on purpose (an infinite loss can have a
-        # finite one). The reduction carries the NaN to all ranks, and an update whose gradient
-        # norm is not finite is refused: so all agree, at any micro-batch and ZeRO stage, without
-        # a collective of its own.
-        self._home.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
-        return losses.detach()
+        """This replica's mean loss of each loss-carrying frame, [loss frames]."""
+        return self._home.frame_losses(batch)
 
     def _seed_dropout(self, micro_step: int) -> None:
-        """Dropout is a function of the samples' global position: a resume needs no RNG state."""
-        recipe, replicas = self._recipe, self.world.mesh.dp
-        drawn = (micro_step * replicas.size + replicas.rank) * recipe.micro_batch
-        position = self.progress.consumed_samples + drawn
-        torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout %d" % position, recipe.seed))
+        seed_dropout(self._recipe, self.world.mesh, self.progress.consumed_samples, micro_step)
 
     def _set_learning_rate(self) -> float:
         recipe = self._recipe
         count = self.progress.updates + 1
         rate = learning_rate(count, recipe.optimizer.lr, recipe.schedule)
-        for group in self._home.basic_optimizer.param_groups:
+        for group in self._home.optimizer.param_groups:
             group["lr"] = rate
         return rate
-
-    def _update(self) -> tuple[float, bool]:
-        """Step the optimizer: the gradient's norm before clipping, and whether it was applied."""
-        if self._home.optimizer is self._home.basic_optimizer:
-            # Without ZeRO, DeepSpeed steps the bare torch optimizer: clipping and checks are ours.
-            norm = self._clip()
-            self._home.step()
-            return norm.item(), bool(norm.isfinite())
-        self._home.step()
-        return float(self._home.get_global_grad_norm()), self._home.was_step_applied()
-
-    def _clip(self) -> Tensor:
-        """Clip reduced gradients by their global norm, which is returned; drop what is not finite.
-
-        An optimizer without gradients leaves weights and state alone.
-        """
-        trained = [p for p in self._home.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        if not norm.isfinite():
-            self._home.zero_grad()
-        elif self._recipe.optimizer.clip:
-            torch.nn.utils.clip_grads_with_norm_(trained, self._recipe.optimizer.clip, norm)
-        return norm
 
     def _advance(self, applied: bool) -> None:
         progress = self.progress
@@ -176,17 +121,15 @@ class Engine:
             consumed_samples=progress.consumed_samples + self._recipe.batch,
         )
 
-    def _result(
-        self, losses: Tensor, norm: float, rate: float, skipped: bool, waited: float
-    ) -> StepResult:
-        means = (self.world.total(losses) / self.world.mesh.dp.size).tolist()
+    def _result(self, update: Update, rate: float) -> StepResult:
+        means = (self.world.total(update.frame_losses) / self.world.mesh.dp.size).tolist()
         return StepResult(
             loss=sum(means) / len(means),
             frame_losses=tuple(means),
-            grad_norm=norm,
+            grad_norm=update.grad_norm,
             learning_rate=rate,
             samples=self._recipe.batch,
-            skipped=skipped,
+            skipped=not update.applied,
             loss_scale=self.loss_scaler.cur_scale if self.loss_scaler else None,
-            data_wait_s=waited,
+            data_wait_s=update.data_wait_s,
         )
