@@ -1,6 +1,7 @@
 """Train the VQ-VAE image tokenizer on frames of a folder of videos or images."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megavideo.data.image_tokenizer import (
     frames_of,
     images_of,
 )
-from megavideo.data.image_training import ImageTrainer, ImageTraining, Score
+from megavideo.data.image_training import ImageTrainer, ImageTraining, Pools, Score
 from megavideo.data.pictures import contact_sheet
 from megavideo.data.workers import num_cores
 from megavideo.files import atomic_path
@@ -37,7 +38,7 @@ def pixel_statistics(frames: np.ndarray) -> tuple[Rgb, Rgb]:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def run(trainer: ImageTrainer, frames: np.ndarray, checkpoint: Path, save_every: int) -> None:
+def run(trainer: ImageTrainer, pools: Pools, checkpoint: Path, save_every: int) -> None:
     """Train to the end with a bar, from `checkpoint` if it exists, saving it now and then."""
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -51,7 +52,7 @@ def run(trainer: ImageTrainer, frames: np.ndarray, checkpoint: Path, save_every:
             if trainer.step % save_every == 0 and trainer.step < steps:
                 trainer.save(checkpoint)
 
-        trainer.train(frames, after_step)
+        trainer.train(pools, after_step)
 
 
 def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> None:
@@ -78,17 +79,21 @@ def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> 
 )
 @click.option(
     "--size",
+    "sizes",
     type=click.IntRange(min=8),
-    default=160,
+    multiple=True,
+    default=[160],
     show_default=True,
-    help="Side in pixels to which frames are scaled and cut.",
+    help="Side in pixels to which frames are scaled and cut; given again, sizes take turns.",
 )
 @click.option(
     "--compress-rate",
+    "rates",
     type=click.Choice([str(rate) for rate in RATES]),
-    default="8",
+    multiple=True,
+    default=["8"],
     show_default=True,
-    help="Pixels per token and axis.",
+    help="Pixels per token and axis; given again, rates take turns, and the first is used.",
 )
 @click.option("--channels", default=128, show_default=True, help="Width at full resolution.")
 @click.option("--z-channels", default=256, show_default=True, help="Dimension of a code.")
@@ -121,7 +126,7 @@ def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> 
     type=click.IntRange(min=1),
     default=20_000,
     show_default=True,
-    help="Frames drawn from the folder and kept in memory.",
+    help="Frames drawn from the folder and kept in memory; of larger sizes fewer, to equal bytes.",
 )
 @click.option(
     "--fps",
@@ -158,8 +163,8 @@ def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> 
 def main(
     folder: Path,
     out: Path,
-    size: int,
-    compress_rate: str,
+    sizes: tuple[int, ...],
+    rates: tuple[str, ...],
     channels: int,
     z_channels: int,
     codes: int,
@@ -179,33 +184,48 @@ def main(
 
     The defaults are the published model's sizes. One file in sixteen is held out and only measured.
     An interrupted run continues from OUT's checkpoint when the same command is given again.
+    For super-resolution, train on both sizes of picture: one codebook then serves both.
 
     \b
     Example, a small one for 64-pixel clips:
       megavideo train-image-tokenizer runs/clips --out runs/image.safetensors --size 64 \\
         --channels 8 --z-channels 32 --codes 256 --steps 900 --batch 8 --crop 32 \\
         --learning-rate 4e-3 --frames 6000 --preview runs/image.png
+      megavideo train-image-tokenizer clips --out image.safetensors --size 160 --size 480
     """
     started = time.monotonic()
-    rate = int(compress_rate)
-    config = ImageTokenizerConfig(channels, z_channels, codes, (rate,), rate)
-    for name, pixels in {"size": size, "crop": crop or size}.items():
-        if pixels % rate or pixels > size:
-            raise ValueError(
-                f"--{name} {pixels} must be a multiple of --compress-rate {rate}, at most {size}"
-            )
-    pool = load_frames(folder, size, fps, limit, seed, workers)
-    mean, std = pixel_statistics(pool.train)
+    numbers = tuple(map(int, rates))
+    config = ImageTokenizerConfig(channels, z_channels, codes, numbers, numbers[0])
+    _check_pixels([*(("size", size) for size in sizes), ("crop", crop or sizes[0])], sizes, numbers)
+    limits = [max(2, limit * min(sizes) ** 2 // size**2) for size in sizes]
+    pools = [
+        load_frames(folder, size, fps, count, seed, workers)
+        for size, count in zip(sizes, limits, strict=True)
+    ]
+    mean, std = pixel_statistics(pools[0].train)
     trainer = ImageTrainer(
         replace(config, mean=mean, std=std),
         ImageTraining(steps, batch, learning_rate, seed, crop),
         torch.device(device),
     )
     checkpoint = out.with_name(out.name + ".checkpoint")
-    run(trainer, pool.train, checkpoint, save_every)
-    _finish(trainer, pool, out, preview)
+    run(trainer, [pool.train for pool in pools], checkpoint, save_every)
+    _finish(trainer, pools[0], out, preview)
     checkpoint.unlink(missing_ok=True)
-    click.echo(f"{out}: {_summary(trainer, pool)} in {time.monotonic() - started:.1f} s")
+    click.echo(f"{out}: {_summary(trainer, pools)} in {time.monotonic() - started:.1f} s")
+
+
+def _check_pixels(
+    given: Sequence[tuple[str, int]], sizes: Sequence[int], rates: Sequence[int]
+) -> None:
+    """Whether every size, and the crop, is a whole number of tokens at every rate."""
+    for name, pixels in given:
+        for rate in rates:
+            if pixels % rate or (name == "crop" and pixels > min(sizes)):
+                raise ValueError(
+                    f"--{name} {pixels} must be a multiple of --compress-rate {rate}, at most "
+                    f"{min(sizes)}"
+                )
 
 
 def _finish(trainer: ImageTrainer, pool: FramePool, out: Path, preview: Path | None) -> None:
@@ -214,10 +234,16 @@ def _finish(trainer: ImageTrainer, pool: FramePool, out: Path, preview: Path | N
         write_preview(preview, ImageTokenizer.load(out), pool.held_out)
 
 
-def _summary(trainer: ImageTrainer, pool: FramePool) -> str:
+def _summary(trainer: ImageTrainer, pools: Sequence[FramePool]) -> str:
+    scores = [
+        f"{pool.held_out.shape[1]} pixels at 1/{rate}: {trainer.evaluate(pool.held_out, rate)}"
+        for rate in trainer.model.config.rates
+        for pool in pools
+    ]
     return (
-        f"trained {trainer.step} steps on {len(pool.train)} frames; on {len(pool.held_out)} "
-        f"held-out frames {trainer.evaluate(pool.held_out)}; digest {trainer.model.digest}"
+        f"trained {trainer.step} steps on {sum(len(pool.train) for pool in pools)} frames; on "
+        f"{sum(len(pool.held_out) for pool in pools)} held-out frames {'; '.join(scores)}; "
+        f"digest {trainer.model.digest}"
     )
 
 

@@ -2,7 +2,8 @@
 
 An image [3, H, W] becomes (H / rate) x (W / rate) ids, each the index of a row in one codebook. The
 published model has three rates (4, 8, 16) that share the encoder and the codebook; CogVideo uses 8:
-160 x 160 pixels are 20 x 20 tokens. Ours usually has only the rate it is used at.
+160 x 160 pixels are 20 x 20 tokens, and 480 x 480, which super-resolution predicts, are 60 x 60.
+Ours usually has only the rate it is used at.
 """
 
 import json
@@ -41,7 +42,7 @@ class ImageTokenizerConfig:
     z_channels: dimension of a code.
     num_codes: rows of the codebook, so token ids are 0..num_codes-1.
     rates: the compression rates that the model has decoders for, of 4, 8 and 16.
-    compress_rate: the one that `encode` and `decode` use: pixels per token and axis.
+    compress_rate: pixels per token and axis, where a method is not given another one of the rates.
     mean, std: of the pixels per RGB channel in [0, 1]; images are normalised by them.
     """
 
@@ -58,8 +59,9 @@ class ImageTokenizerConfig:
             raise ValueError(f"channels={self.channels} must be a multiple of {GROUP_CHANNELS}")
         if self.z_channels < 1 or self.num_codes < 1:
             raise ValueError(f"z_channels={self.z_channels}, num_codes={self.num_codes}: 1 or more")
-        if not self.rates or not set(self.rates) <= set(RATES):
-            raise ValueError(f"rates={self.rates} must be some of {RATES}")
+        known = set(self.rates) <= set(RATES) and len(set(self.rates)) == len(self.rates)
+        if not self.rates or not known:
+            raise ValueError(f"rates={self.rates} must be some of {RATES}, each once")
         if self.compress_rate not in self.rates:
             raise ValueError(f"compress_rate={self.compress_rate} is not one of rates={self.rates}")
 
@@ -120,33 +122,49 @@ class ImageTokenizer(nn.Module):
     @property
     def decoder(self) -> Decoder:
         """The decoder of `config.compress_rate`."""
-        decoder = self.decs[str(len(RATES) - 1 - level_of(self.config.compress_rate))]
+        return self._decoder(None)
+
+    def _decoder(self, rate: int | None) -> Decoder:
+        decoder = self.decs[str(len(RATES) - 1 - level_of(self._rate(rate)))]
         assert isinstance(decoder, Decoder)
         return decoder
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Token ids int64 [B, H/rate, W/rate] of RGB images, float [B, 3, H, W] in [0, 1]."""
-        return self.quantize(self._features(images)).indices
+    def _rate(self, rate: int | None) -> int:
+        rate = rate or self.config.compress_rate
+        if rate not in self.config.rates:
+            raise ValueError(f"rate {rate} is not one of the tokenizer's, {self.config.rates}")
+        return rate
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
+    def encode(self, images: Tensor, rate: int | None = None) -> Tensor:
+        """Token ids int64 [B, H/rate, W/rate] of RGB images, float [B, 3, H, W] in [0, 1]."""
+        return self.quantize(self._features(images, rate)).indices
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, rate: int | None = None) -> Tensor:
         """RGB images, float [B, 3, h*rate, w*rate] in [0, 1], of token ids int64 [B, h, w]."""
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_codes:
             raise ValueError(
                 f"image tokens {int(tokens.min())}..{int(tokens.max())} are outside "
                 f"0..{self.num_codes - 1}"
             )
-        return self._denormalise(self.decoder(self.quantize.lookup(tokens))).clamp(0, 1)
+        codes = self.quantize.lookup(tokens)
+        return self._denormalise(self._decoder(rate)(codes)).clamp(0, 1)
 
-    def forward(self, images: Tensor, quantise: bool = True) -> Trained:
+    def decode_frames(self, tokens: Tensor, batch: int = 16, rate: int | None = None) -> np.ndarray:
+        """Frames uint8 [n, h*rate, w*rate, 3] of ids int64 [n, h, w]; decodes `batch` at once."""
+        device = self.quantize.embed.weight.device
+        parts = [frames_of(self.decode(part.to(device), rate)) for part in tokens.split(batch)]
+        return np.concatenate(parts)
+
+    def forward(self, images: Tensor, quantise: bool = True, rate: int | None = None) -> Trained:
         """Reconstruct `images` [B, 3, H, W] and measure the losses.
 
         Gradients pass the quantiser straight through. With `quantise=False` the decoder sees the
         encoder's output itself: an autoencoder, to have something to place the first codes on.
         """
-        z, nearest, indices = self.quantize(self._features(images))
-        output = self.decoder(z + (nearest - z).detach() if quantise else z)
+        z, nearest, indices = self.quantize(self._features(images, rate))
+        output = self._decoder(rate)(z + (nearest - z).detach() if quantise else z)
         error = output - self._normalise(images)
         return Trained(
             images=self._denormalise(output.detach()),
@@ -160,9 +178,9 @@ class ImageTokenizer(nn.Module):
     def num_codes(self) -> int:
         return self.config.num_codes
 
-    def tokens_side(self, size: int) -> int:
+    def tokens_side(self, size: int, rate: int | None = None) -> int:
         """Tokens along the side of an image of `size` pixels; ValueError if they do not fit."""
-        rate = self.config.compress_rate
+        rate = self._rate(rate)
         if size < rate or size % rate:
             raise ValueError(f"size={size} pixels is not a multiple of compress_rate={rate}")
         return size // rate
@@ -176,12 +194,12 @@ class ImageTokenizer(nn.Module):
             digest.update(tensor.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor, rate: int | None) -> Tensor:
         """[B, z, H/rate, W/rate] before the quantiser."""
         for size in images.shape[2:]:
-            self.tokens_side(size)
+            self.tokens_side(size, rate)
         x = self.enc(self._normalise(images))
-        for sampler in self.down_samplers[: level_of(self.config.compress_rate)]:
+        for sampler in self.down_samplers[: level_of(self._rate(rate))]:
             x = sampler(x)
         return x
 

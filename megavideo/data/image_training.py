@@ -3,11 +3,14 @@
 The first steps train encoder and decoder without the quantiser. Then k-means places the codes on
 what the encoder has learned to say, and from there on each step moves the codes to the running mean
 of their vectors. On small data this reaches in a minute what random codes do not reach at all.
+
+With pictures of several sizes, or several compression rates, steps take turns: one codebook serves
+all, so that super-resolution can speak of a small and of a large picture in the same codes.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +29,16 @@ REVIVE_EVERY = 10  # steps
 SEED_FRAMES = 256  # whose vectors place the codebook
 EVALUATION_BATCH = 64
 
+# Frames uint8 [n, H, W, 3] of each size that is trained.
+Pools = Sequence[np.ndarray]
+
 
 @dataclass(frozen=True)
 class ImageTraining:
     """How to train.
 
     steps: optimizer steps in all, each on pictures drawn by (seed, step).
-    batch: whole frames per step.
+    batch: whole frames per step, of the smallest size; larger ones fewer, to the same area.
     crop: the first steps see squares of this many pixels instead, as many as cover the same area.
         More different pictures per step, and normalisation over less background, so colours are
         learned in a third of the time. None: always whole frames.
@@ -85,7 +91,10 @@ class Score(NamedTuple):
 
 
 class ImageTrainer:
-    """Model, optimizer and step count; everything else of a step is a function of (seed, step)."""
+    """Model, optimizer and step count; everything else of a step is a function of (seed, step).
+
+    All of `config.rates` are trained.
+    """
 
     def __init__(self, config: ImageTokenizerConfig, training: ImageTraining, device: torch.device):
         self.training = training
@@ -99,16 +108,18 @@ class ImageTrainer:
         self.step = 0
 
     def train(
-        self, frames: np.ndarray, after_step: Callable[[float, Score], None] = lambda *_: None
+        self, pools: Pools, after_step: Callable[[float, Score], None] = lambda *_: None
     ) -> None:
-        """Train on frames uint8 [n, H, W, 3] until `training.steps`.
+        """Train on frames uint8 [n, H, W, 3] of each size until `training.steps`.
 
         Calls `after_step(loss, score of the batch)`. Raises ValueError if the loss is not finite.
         """
+        turns = [(pool, rate) for rate in self.model.config.rates for pool in range(len(pools))]
         while self.step < self.training.steps:
             if self.step == self.training.codebook_step:
-                self._place_codes(frames)
-            loss, score = self._train_step(self._batch(frames))
+                self._place_codes(pools, turns)
+            pool, rate = turns[self.step % len(turns)]
+            loss, score = self._train_step(self._batch(pools, pool), rate)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"step {self.step}: the loss is {loss}; use a lower --learning-rate than "
@@ -117,10 +128,12 @@ class ImageTrainer:
             self.step += 1
             after_step(loss, score)
 
-    def _batch(self, frames: np.ndarray, count: int | None = None) -> Tensor:
+    def _batch(self, pools: Pools, pool: int, count: int | None = None) -> Tensor:
         """`count` (by default `training.batch`) random frames, or random squares of equal area."""
+        frames = pools[pool]
         rng = np.random.default_rng([self.training.seed, self.step])
-        count = count or self.training.batch
+        area = min(other[0, :, :, 0].size for other in pools)
+        count = max(1, (count or self.training.batch) * area // frames[0, :, :, 0].size)
         crop = self.training.crop_at(self.step)
         if crop is None:
             return self._images(frames[rng.integers(len(frames), size=count)])
@@ -142,11 +155,11 @@ class ImageTrainer:
         seed = np.random.default_rng([self.training.seed, self.step, 1]).integers(2**62)
         return torch.Generator().manual_seed(int(seed))
 
-    def _train_step(self, images: Tensor) -> tuple[float, Score]:
+    def _train_step(self, images: Tensor, rate: int) -> tuple[float, Score]:
         training, quantise = self.training, self.step >= self.training.codebook_step
         for group in self.optimizer.param_groups:
             group["lr"] = training.rate(self.step)
-        result = self.model(images, quantise)
+        result = self.model(images, quantise, rate)
         loss = result.reconstruction_loss
         if quantise:
             loss = loss + training.commitment * result.commitment_loss
@@ -168,18 +181,21 @@ class ImageTrainer:
             quantizer.revive(vectors, fewest, self._generator())
 
     @torch.no_grad()
-    def _place_codes(self, frames: np.ndarray) -> None:
-        vectors = self.model(self._batch(frames, SEED_FRAMES), quantise=False).vectors
-        self.model.quantize.seed(vectors, self._generator())
+    def _place_codes(self, pools: Pools, turns: Sequence[tuple[int, int]]) -> None:
+        vectors = [
+            self.model(self._batch(pools, pool, SEED_FRAMES), quantise=False, rate=rate).vectors
+            for pool, rate in turns
+        ]
+        self.model.quantize.seed(torch.cat(vectors), self._generator())
 
     @torch.no_grad()
-    def evaluate(self, frames: np.ndarray) -> Score:
+    def evaluate(self, frames: np.ndarray, rate: int | None = None) -> Score:
         """Score of the tokens of `frames` uint8 [n, H, W, 3] and of what they decode to."""
         errors, indices = [], []
         for start in range(0, len(frames), EVALUATION_BATCH):
             images = self._images(frames[start : start + EVALUATION_BATCH])
-            tokens = self.model.encode(images)
-            errors.append((self.model.decode(tokens) - images).pow(2).mean((1, 2, 3)))
+            tokens = self.model.encode(images, rate)
+            errors.append((self.model.decode(tokens, rate) - images).pow(2).mean((1, 2, 3)))
             indices.append(tokens.flatten())
         return _score(torch.cat(errors).mean(), torch.cat(indices), self.model.num_codes)
 

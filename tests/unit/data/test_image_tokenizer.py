@@ -151,6 +151,20 @@ def test_images_that_do_not_divide_and_tokens_out_of_range_are_refused() -> None
         tokenizer.decode(torch.tensor([[[0, 16]]]))
 
 
+def test_one_codebook_speaks_at_every_rate_and_size() -> None:
+    tokenizer = small(replace(SMALL, rates=(4, 8)))
+    images = torch.rand(3, 3, 48, 48)
+    assert tokenizer.encode(images).shape == (3, 6, 6)
+    tokens = tokenizer.encode(images, rate=4)
+    assert tokens.shape == (3, 12, 12) and tokens.max() < SMALL.num_codes
+    frames = tokenizer.decode_frames(tokens, batch=2, rate=4)
+    whole = frames_of(tokenizer.decode(tokens, rate=4))
+    assert frames.shape == (3, 48, 48, 3)
+    assert np.abs(frames.astype(int) - whole).max() <= 1
+    with pytest.raises(ValueError, match=r"rate 16 is not one of the tokenizer's, \(4, 8\)"):
+        tokenizer.encode(images, rate=16)
+
+
 def test_frames_and_images_are_the_same_pixels() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
     assert np.array_equal(frames_of(images_of(frames)), frames)

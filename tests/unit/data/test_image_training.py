@@ -57,7 +57,7 @@ def run_until(trainer: ImageTrainer, until: int | None) -> None:
             raise Interrupted
 
     with suppress(Interrupted):
-        trainer.train(striped_frames(), stop)
+        trainer.train([striped_frames()], stop)
 
 
 def test_frames_of_few_colours_are_learned() -> None:
@@ -70,9 +70,27 @@ def test_frames_of_few_colours_are_learned() -> None:
 def test_crops_cover_the_same_area_and_end_before_the_training_does() -> None:
     training = replace(TRAINING, crop=4)
     trainer = ImageTrainer(CONFIG, training, CPU)
-    assert trainer._batch(striped_frames()).shape == (16, 3, 4, 4)
+    assert trainer._batch([striped_frames()], 0).shape == (16, 3, 4, 4)
     trainer.step = 7
-    assert trainer._batch(striped_frames()).shape == (4, 3, 8, 8)
+    assert trainer._batch([striped_frames()], 0).shape == (4, 3, 8, 8)
+
+
+def test_sizes_and_rates_take_turns_with_one_codebook() -> None:
+    config = replace(CONFIG, rates=(4, 8))
+    trainer = ImageTrainer(config, replace(TRAINING, steps=40), CPU)
+    pools = [striped_frames(size=8), striped_frames(size=24)]
+    scales = [(pool, rate) for pool in pools for rate in (4, 8)]
+    before = [trainer.evaluate(pool, rate).psnr for pool, rate in scales]
+    seen = []
+    step = trainer._train_step
+    trainer._train_step = lambda images, rate: (  # type: ignore[method-assign]
+        seen.append((tuple(images.shape), rate)) or step(images, rate)
+    )
+    trainer.train(pools)
+    small, large = (4, 3, 8, 8), (1, 3, 24, 24)  # fewer of the larger ones, to the same area
+    assert seen[:5] == [(small, 4), (large, 4), (small, 8), (large, 8), (small, 4)]
+    after = [trainer.evaluate(pool, rate).psnr for pool, rate in scales]
+    assert all(new > old + 1 for new, old in zip(after, before, strict=True)), (before, after)
 
 
 def test_training_is_a_function_of_the_seed() -> None:
@@ -104,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     with torch.no_grad():
         trainer.model.enc.conv_in.bias[0] = float("nan")
     with pytest.raises(ValueError, match="step 0: the loss is nan; use a lower --learning-rate"):
-        trainer.train(striped_frames())
+        trainer.train([striped_frames()])
 
 
 def write_files(folder: Path, count: int) -> None:

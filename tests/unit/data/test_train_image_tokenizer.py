@@ -47,7 +47,7 @@ def test_the_model_loads_and_the_preview_shows_pairs_of_rows(clips: Path, tmp_pa
     out = tmp_path / "image.safetensors"
     output = train(clips, out, f"--preview={tmp_path / 'preview.png'}")
     tokenizer = ImageTokenizer.load(out)
-    assert "held-out frames PSNR" in output and tokenizer.digest in output
+    assert "held-out frames 16 pixels at 1/4: PSNR" in output and tokenizer.digest in output
     assert tokenizer.config.mean != tokenizer.config.std != (1, 1, 1)
     tokens = tokenizer.encode(images_of(np.zeros((1, 16, 16, 3), np.uint8)))
     assert tokens.shape == (1, 4, 4) and int(tokens.max()) < 16
@@ -57,6 +57,15 @@ def test_the_model_loads_and_the_preview_shows_pairs_of_rows(clips: Path, tmp_pa
         "image.safetensors",
         "preview.png",
     ]
+
+
+def test_two_sizes_and_two_rates_share_a_codebook(clips: Path, tmp_path: Path) -> None:
+    out = tmp_path / "image.safetensors"
+    output = train(clips, out, "--size=48", "--compress-rate=8")
+    tokenizer = ImageTokenizer.load(out)
+    assert tokenizer.config.rates == (4, 8) and tokenizer.config.compress_rate == 4
+    for scale in ("16 pixels at 1/4", "48 pixels at 1/4", "16 pixels at 1/8", "48 pixels at 1/8"):
+        assert scale in output
 
 
 def test_an_interrupted_run_continues_from_its_checkpoint(
