@@ -6,6 +6,9 @@
 `a` is one number per hidden unit. (CogVideo, section 3.2; docs/model.md 4.)
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +18,26 @@ from megavideo.ops.local_attention import local_attention
 from megavideo.parallel.shard import Shard, set_shard
 
 
+class Cache(Protocol):
+    """Attention of some image slots over keys kept from earlier calls (generate/cache.py)."""
+
+    def attend(self, image_qkv: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
+        """What they gather, [B, n, h], as `local_attention` would give."""
+        ...
+
+
 class Channel(nn.Module):
-    """The projections of one attention channel, and what image slots see in it (`rule`)."""
+    """The projections of one attention channel, and what image slots see in it (`rule`).
+
+    With a `cache`, which generation sets, only some image slots are computed at a time.
+    """
 
     def __init__(self, hidden: int, heads: int, rule: Rule, dropout: float):
         super().__init__()
         self.heads = heads
         self.rule = rule
         self.dropout = dropout
+        self.cache: Cache | None = None
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.dense = nn.Linear(hidden, hidden)
         set_shard(self.qkv.weight, Shard(dim=0, chunks=3))
@@ -42,6 +57,8 @@ class Channel(nn.Module):
     def image_context(self, image: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
         """What image slots gather, [B, V, h], before the output projection."""
         packed = self.split_heads(self.qkv(image))
+        if self.cache is not None:
+            return self.cache.attend(packed, text_kv, text_length)
         dropout = self.dropout if self.training else 0.0
         return local_attention(packed, text_kv, text_length, self.rule, dropout)
 
@@ -67,6 +84,12 @@ class DualAttention(nn.Module):
             self.temporal = Channel(hidden, heads, temporal, dropout)
             self.mixture = nn.Parameter(torch.empty(hidden))
         self.is_dual = temporal is not None
+
+    def channels(self) -> Iterator[Channel]:
+        """The spatial channel, then the temporal one if there is any."""
+        yield self.spatial
+        if self.is_dual:
+            yield self.temporal
 
     def text(self, text: Tensor, text_length: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of text, [B, T, h], and the spatial keys and values that images will see."""

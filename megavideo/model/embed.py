@@ -32,16 +32,24 @@ class Embedding(nn.Module):
     def forward(self, batch: Streams) -> Streams:
         """(text int64 [B,T], text_length [B], image int64 [B,F,N]) -> the two streams."""
         text, text_length, image = batch
-        words = F.embedding(text, self.word)
-        text_states = words + F.embedding(text_positions(text_length, text.shape[1]), self.position)
-        image_states = F.embedding(self.shifted(image), self.word) + self._image_positions()
-        return self.dropout(text_states), self.dropout(image_states), text_length
+        image_states = self.image_states(self.shifted(image), self.image_positions())
+        return self.text_states(text, text_length), image_states, text_length
+
+    def text_states(self, text: Tensor, text_length: Tensor) -> Tensor:
+        """[B, T, h] of left-padded text."""
+        positions = text_positions(text_length, text.shape[1])
+        return self.dropout(F.embedding(text, self.word) + F.embedding(positions, self.position))
+
+    def image_states(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """[B, n, h] of input tokens [B, n] with these rows of `image_positions`, [n, h]."""
+        return self.dropout(F.embedding(inputs, self.word) + positions)
 
     def shifted(self, image: Tensor) -> Tensor:
         """Inputs [B, F*N] of tokens [B, F, N]: begin-of-image, then all but a frame's last."""
         return F.pad(image[..., :-1], (1, 0), value=self.model.begin_of_image).flatten(1)
 
-    def _image_positions(self) -> Tensor:
+    def image_positions(self) -> Tensor:
+        """[V, h], added to the words of the image slots."""
         start, size = self.model.image_position, self.model.grid.tokens_per_frame
         first = self.position[start : start + size]
         if self.frames == 1:

@@ -42,7 +42,10 @@ class Head(nn.Module):
     def forward(self, streams: Streams) -> Tensor:
         """Logits [B, loss frames, N, codes], in float32 or wider."""
         _, image, _ = streams
-        states = image.unflatten(1, (-1, self.per_frame))[:, self.frames]
+        return self.logits(image.unflatten(1, (-1, self.per_frame))[:, self.frames])
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., codes] of states [..., h], in float32 or wider."""
         logits = F.linear(self.norm(states), self.word[: self.codes])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

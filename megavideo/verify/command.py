@@ -11,12 +11,19 @@ import numpy as np
 
 from megavideo.verify import superres
 from megavideo.verify.compare import Row
+from megavideo.verify.generation import GenerationCase
 from megavideo.verify.local_attention import PARAMETERS, local_attention_rows
 from megavideo.verify.sampling import sampling_rows
 from megavideo.verify.sat_checkpoint import EXPECTED, checkpoint_rows
 from megavideo.verify.schedule import schedule_rows
 from megavideo.verify.superres import superres_rows
 from megavideo.verify.training import TrainingCase
+
+# An array that only cases of a kind have -> their check.
+CASES: dict[str, type[TrainingCase] | type[GenerationCase]] = {
+    "loss": TrainingCase,
+    "seq_in": GenerationCase,
+}
 
 
 @click.command()
@@ -66,8 +73,9 @@ def _array_rows(path: Path, unchecked: list[str]) -> Iterator[Row]:
     values = _arrays(path)
     meta = json.loads(bytes(values["meta_json"])) if "meta_json" in values else {}
     weights = path.with_name(path.name.replace(".v.npz", ".w.npz"))
-    if "loss" in values and weights.is_file():
-        case = TrainingCase(path.name.removesuffix(".v.npz"), meta, _arrays(weights), values)
+    kind = next((CASES[key] for key in CASES if key in values), None)
+    if kind is not None and weights.is_file():
+        case = kind(path.name.removesuffix(".v.npz"), meta, _arrays(weights), values)
         yield from case.rows()
         unchecked += [f"{path.name}: {key}" for key in case.unchecked()]
     elif {"step", "lr"} <= values.keys():

@@ -1,0 +1,1 @@
+"""Videos from text: cached decoding, the stages that follow each other, files."""
