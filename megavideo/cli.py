@@ -77,6 +77,10 @@ COMMANDS = {
         "megavideo.verify.command:main",
         "Compare the model with arrays that the published one computed.",
     ),
+    "verify-layouts": (
+        "megavideo.verify.layouts_command:main",
+        "Train in parallel layouts and in one process, and compare.",
+    ),
 }
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from megavideo.checkpoint.sources import read_base, read_frozen, read_start, read_weights
 from megavideo.config.schema import Config
-from megavideo.log import log, rank
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.init import inherit, initialise
 from megavideo.model.trainable import is_trainable, mark_trainable
@@ -34,8 +33,6 @@ def start_weights(parameters: Mapping[str, nn.Parameter], config: Config) -> Non
         base = _subset(parameters, recipe.stage, trainable=False)
         load_tensors(base, read_base(Path(recipe.base)), f"recipe.base={recipe.base}")
         inherit(parameters, config.model)
-    elif recipe.stage != "image" and rank() == 0:
-        log.warning("recipe.base is not set: the frozen base keeps its random initial values")
     if recipe.start_from is not None:
         channel = _subset(parameters, recipe.stage, trainable=True)
         source = f"recipe.start_from={recipe.start_from}"

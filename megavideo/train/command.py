@@ -127,6 +127,8 @@ def _open_run(config: Config, world: World) -> Run:
     engine = build_engine(config, world, training.fingerprint)
     world.from_rank_zero(lambda: _keep_config(config))  # now that nothing refused it
     step = engine.progress.step
+    if step == 0 and config.recipe.base is None and config.recipe.stage != "image":
+        log.warning("recipe.base is not set: the frozen base keeps its random initial values")
     if step >= config.recipe.steps:
         log.info("nothing to do: step %d of recipe.steps=%d is done", step, config.recipe.steps)
     recorder = Recorder(config, engine.loss_frames, world.rank, world.size, step)

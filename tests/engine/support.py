@@ -1,18 +1,13 @@
 """What the engine's tests share: a model of two layers, made-up batches, a golden reference."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from megavideo.config.schema import Config, ModelConfig
-from megavideo.engine.objective import Objective
-from megavideo.engine.schedule import learning_rate
-from megavideo.engine.weights import new_model, start_weights
-from megavideo.model.build import canonical_parameters, stage_grid
+from megavideo.data.batch import Batch
+from megavideo.model.build import stage_grid
+from megavideo.verify import golden, made_up
 
 MODEL = ModelConfig(
     hidden=16,
@@ -31,15 +26,6 @@ MODEL = ModelConfig(
     frame_position_rows=12,
 )
 FINGERPRINT = "made-up data"
-
-
-@dataclass(frozen=True)
-class MadeUpBatch:
-    """A batch of the loader's shape."""
-
-    text: Tensor
-    text_length: Tensor
-    image: Tensor
 
 
 def config(
@@ -73,69 +59,22 @@ def config(
     )
 
 
-def sample(position: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The sample at a global position: a function of nothing else."""
-    generator = torch.Generator().manual_seed(position)
-    text = torch.randint(25, 39, (MODEL.text_slots,), generator=generator)
-    length = torch.randint(1, MODEL.text_slots + 1, (), generator=generator)
-    shape = (frames, MODEL.grid.tokens_per_frame)
-    return text, length, torch.randint(0, MODEL.image_codes, shape, generator=generator)
-
-
-def batch_at(positions: range, frames: int = MODEL.frames) -> MadeUpBatch:
+def batch_at(positions: range, frames: int = MODEL.frames) -> Batch:
     """The samples at `positions` as one batch."""
-    samples = (sample(position, frames) for position in positions)
-    return MadeUpBatch(*(torch.stack(part) for part in zip(*samples, strict=True)))
+    return made_up.batch_at(MODEL, positions, frames)
 
 
 def micro_batches(
     consumed: int, rank: int = 0, size: int = 1, micro_batch: int = 2, frames: int = MODEL.frames
-) -> Iterator[MadeUpBatch]:
+) -> Iterator[Batch]:
     """A rank's endless micro-batches, cut from the global order as the loader cuts it."""
-    while True:
-        start = consumed + rank * micro_batch
-        yield batch_at(range(start, start + micro_batch), frames)
-        consumed += size * micro_batch
+    return made_up.micro_batches(MODEL, frames, micro_batch, rank, size, consumed)
 
 
-class Golden:
-    """The same training in a plain loop of one process: whole batch, torch's optimizer."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.model = new_model(config, torch.device("cpu"))
-        self.parameters = canonical_parameters(self.model)
-        start_weights(self.parameters, config)
-        self.objective = Objective(config.model, config.recipe, torch.device("cpu"))
-        self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        self.optimizer = self._optimizer()
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.config.recipe.optimizer
-        biases = [p for n, p in self.trained.items() if n.endswith((".bias", "norm.weight"))]
-        others = [p for n, p in self.trained.items() if not n.endswith((".bias", "norm.weight"))]
-        groups = [{"params": others}, {"params": biases, "weight_decay": 0.0}]
-        if settings.name == "sgd":
-            return torch.optim.SGD(groups, weight_decay=settings.weight_decay)
-        return torch.optim.AdamW(
-            groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-        )
+class Golden(golden.Golden):
+    """The golden loop on made-up data."""
 
     def step(self, number: int) -> tuple[float, float]:
         """Train on the `number`-th global batch; its loss and gradient norm."""
-        recipe = self.config.recipe
-        frames = stage_grid(MODEL, recipe.stage).frames
-        batch = batch_at(range(number * recipe.batch, (number + 1) * recipe.batch), frames)
-        loss = self.objective(self.model, batch).mean()
-        loss.backward()
-        clip = recipe.optimizer.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number + 1, recipe.optimizer.lr, recipe.schedule)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item(), norm.item()
-
-    def weights(self) -> dict[str, Tensor]:
-        """What training changed, copied."""
-        return {name: p.detach().clone() for name, p in self.trained.items()}
+        frames, size = stage_grid(MODEL, self.recipe.stage).frames, self.recipe.batch
+        return super().step(batch_at(range(number * size, (number + 1) * size), frames))
