@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megavideo.config.deepspeed import check_world
 from megavideo.config.schema import ParallelConfig
@@ -86,6 +87,7 @@ def join_world(timeout_minutes: float, parallel: ParallelConfig | None = None) -
     device = _device()
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        _limit_waits(timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -97,6 +99,16 @@ def join_world(timeout_minutes: float, parallel: ParallelConfig | None = None) -
     world = World(dist.get_rank(), dist.get_world_size(), device)
     world.from_rank_zero(lambda: check_world(layout, world.size))
     return replace(world, mesh=Mesh.build(layout.pp, layout.tp))
+
+
+def _limit_waits(timeout: timedelta) -> None:
+    """Every process group made from now on has this timeout unless it asks for another.
+
+    DeepSpeed makes groups of its own, and asks for none: with torch's default a lost node would go
+    unnoticed for 30 minutes (10 with NCCL), whatever the configuration says.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _device() -> torch.device:

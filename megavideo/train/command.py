@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from megavideo.config.load import dump_config, load_config
 from megavideo.config.schema import Config
 from megavideo.data.batch import BatchStream, open_stream
 from megavideo.engine.build import build_engine
-from megavideo.engine.errors import RunFailed
+from megavideo.engine.errors import RunFailed, rank_lost
 from megavideo.engine.weights import new_model
 from megavideo.engine.world import World, join_world
 from megavideo.files import atomic_write
@@ -58,7 +59,22 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
         if world.rank:
             sys.exit(1)  # rank 0 says the same
         raise click.ClickException(str(error)) from None
+    except RuntimeError as error:
+        if not rank_lost(error):
+            raise
+        raise click.ClickException(_loss_of_rank(error, world, config)) from error
     torch.distributed.destroy_process_group()
+
+
+def _loss_of_rank(error: RuntimeError, world: World, config: Config) -> str:
+    """One line for each rank that is left: which of them were there tells which are not."""
+    cause = str(error).splitlines()[0]
+    return (
+        f"rank {world.rank} of {world.size} on {socket.gethostname()} lost another rank at a "
+        f"collective: that process or its node has failed or cannot be reached, or it took longer "
+        f"than run.timeout_minutes={config.run.timeout_minutes}. The last checkpoint is intact; "
+        f"the same command goes on from it, also on other nodes. ({cause})"
+    )
 
 
 def load_on_all_ranks(files: tuple[str, ...], assignments: tuple[str, ...]) -> Config:
