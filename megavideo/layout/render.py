@@ -31,6 +31,7 @@ def dense_mask(rule: Rule) -> np.ndarray:
     return rule(slots[:, None], slots[None, :])
 
 
+@lru_cache(maxsize=64)
 def visible_pairs(rule: Rule) -> int:
     """Number of (query, key) pairs of image slots: the useful work of one head."""
     return sum(int(block.visible.sum()) for block in blocks(rule))

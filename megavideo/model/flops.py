@@ -27,6 +27,14 @@ class Work:
         """Forward and backward."""
         return self.forward + self.input_gradient + self.weight_gradient
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.part,
+            self.forward + other.forward,
+            self.input_gradient + other.input_gradient,
+            self.weight_gradient + other.weight_gradient,
+        )
+
 
 def training_flops(model: ModelConfig, recipe: RecipeConfig) -> int:
     """Useful FLOPs of forward and backward of one sample."""
@@ -34,25 +42,39 @@ def training_flops(model: ModelConfig, recipe: RecipeConfig) -> int:
 
 
 def sample_work(model: ModelConfig, recipe: RecipeConfig) -> list[Work]:
-    """The table behind `training_flops`, summed over layers."""
+    """The table behind `training_flops`: each part of the model, summed over layers."""
+    total: dict[str, Work] = {}
+    for layer in layer_work(model, recipe):
+        for work in layer:
+            total[work.part] = total[work.part] + work if work.part in total else work
+    return list(total.values())
+
+
+def layer_work(model: ModelConfig, recipe: RecipeConfig) -> list[list[Work]]:
+    """The parts of each layer of model/build.py's list; an embedding looks up, which is no work."""
+    blocks = [_block_work(model, recipe, index) for index in range(model.layers)]
+    grid = stage_grid(model, recipe.stage)
+    slots = len(loss_frames(recipe.stage, grid.frames)) * grid.tokens_per_frame
+    head = _linear("head", slots, model.hidden * model.image_codes, True, recipe.stage == "image")
+    return [[], *blocks, [head]]
+
+
+def _block_work(model: ModelConfig, recipe: RecipeConfig, layer: int) -> list[Work]:
     grid, h = stage_grid(model, recipe.stage), model.hidden
     base_trains = recipe.stage == "image"
-    layers = range(model.layers)
-    spatial = [spatial_rule(grid, recipe.stage)] * model.layers
-    slots = len(loss_frames(recipe.stage, grid.frames)) * grid.tokens_per_frame
+    spatial = spatial_rule(grid, recipe.stage)
     work = [
-        _linear("text stream", model.layers * grid.text, 12 * h * h, base_trains, base_trains),
-        _attention("text attention", model.layers * grid.text**2, h, base_trains),
-        _linear("image stream", model.layers * grid.image_tokens, 12 * h * h, True, base_trains),
+        _linear("text stream", grid.text, 12 * h * h, base_trains, base_trains),
+        _attention("text attention", grid.text**2, h, base_trains),
+        _linear("image stream", grid.image_tokens, 12 * h * h, True, base_trains),
         _image_attention("spatial attention", spatial, grid.text, h, base_trains),
-        _linear("head", slots, h * model.image_codes, True, base_trains),
     ]
     if not base_trains:
-        rules = [temporal_rule(grid, recipe.stage, recipe.window, layer) for layer in layers]
+        rule = temporal_rule(grid, recipe.stage, recipe.window, layer)
         work += [
-            _linear("temporal on images", model.layers * grid.image_tokens, 4 * h * h, True, True),
-            _linear("temporal on text", model.layers * grid.text, 2 * h * h, False, True),
-            _image_attention("temporal attention", rules, grid.text, h, True),
+            _linear("temporal on images", grid.image_tokens, 4 * h * h, True, True),
+            _linear("temporal on text", grid.text, 2 * h * h, False, True),
+            _image_attention("temporal attention", rule, grid.text, h, True),
         ]
     return work
 
@@ -68,13 +90,10 @@ def _attention(part: str, pairs: int, hidden: int, backward: bool) -> Work:
     return Work(part, flops, 2 * flops * backward, 0)
 
 
-def _image_attention(
-    part: str, rules: list[Rule], text: int, hidden: int, text_gradient: bool
-) -> Work:
+def _image_attention(part: str, rule: Rule, text: int, hidden: int, text_gradient: bool) -> Work:
     """Image queries over image and text keys; frozen text keys and values need no gradient."""
-    image = _attention(part, sum(visible_pairs(rule) for rule in rules), hidden, True)
-    queries = sum(rule.frames * rule.side**2 for rule in rules)
-    flops = 4 * queries * text * hidden
+    image = _attention(part, visible_pairs(rule), hidden, True)
+    flops = 4 * rule.frames * rule.side**2 * text * hidden
     return Work(
         part,
         image.forward + flops,
