@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from megavideo.checkpoint.sources import read_base, read_frozen, read_start, read_weights
 from megavideo.config.schema import Config
 from megavideo.model.build import build_model, canonical_parameters
+from megavideo.model.execution import DTYPES
 from megavideo.model.init import inherit, initialise
 from megavideo.model.trainable import is_trainable, mark_trainable
 from megavideo.parallel.shard import set_shard, shard_of
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def new_model(config: Config, device: torch.device) -> nn.Sequential:

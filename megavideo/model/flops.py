@@ -1,30 +1,43 @@
-"""FLOPs of one sample, part by part, knowing what is frozen: the useful work that MFU counts.
+"""FLOPs of one sample, layer by layer and part by part, knowing what is frozen.
 
-A multiply-add is 2 FLOPs. Attention counts visible pairs only, with all text slots real; the head
-counts image columns at loss-carrying slots. Frozen weights cost no weight gradient, and the text
-stream, which meets only frozen weights, costs no backward at all. Recomputation is not useful work.
+A multiply-add is 2 FLOPs. Without an `Execution` only useful work counts: attention by visible
+pairs with all text slots real, the head's image columns at loss-carrying slots, no weight gradient
+where weights are frozen, and no backward at all in the text stream, which meets frozen weights
+only. With one, it is what a machine executes: whole tiles of attention, and what is computed twice.
+
+    MFU             useful work / (time x peak)
+    MFU, naive 6N   6 x all parameters x slots, as papers count: charges frozen weights as trained
+    HFU             executed work, recomputation included
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from math import prod
 
 from megavideo.config.schema import ModelConfig, RecipeConfig
-from megavideo.layout.render import visible_pairs
 from megavideo.layout.rules import Rule, loss_frames, spatial_rule, temporal_rule
+from megavideo.layout.tiles import Attention, attention_products
 from megavideo.model.build import stage_grid
+from megavideo.model.table import parameter_table
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one part of the model for one sample."""
+    """FLOPs of one part of the model for one sample.
+
+    Attributes:
+        again: forward work that is done once more during the backward pass.
+    """
 
     part: str
     forward: int
     input_gradient: int
     weight_gradient: int
+    again: int = 0
 
     @property
     def total(self) -> int:
-        """Forward and backward."""
+        """Forward and backward, each once."""
         return self.forward + self.input_gradient + self.weight_gradient
 
     def __add__(self, other: "Work") -> "Work":
@@ -33,7 +46,24 @@ class Work:
             self.forward + other.forward,
             self.input_gradient + other.input_gradient,
             self.weight_gradient + other.weight_gradient,
+            self.again + other.again,
         )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a machine does the work.
+
+    Attributes:
+        attention: the program of image attention (layout/tiles.py).
+        recompute: parallel.recompute.
+    """
+
+    attention: Attention = "visible"
+    recompute: str = "none"
+
+
+USEFUL = Execution()
 
 
 def training_flops(model: ModelConfig, recipe: RecipeConfig) -> int:
@@ -41,42 +71,81 @@ def training_flops(model: ModelConfig, recipe: RecipeConfig) -> int:
     return sum(work.total for work in sample_work(model, recipe))
 
 
-def sample_work(model: ModelConfig, recipe: RecipeConfig) -> list[Work]:
-    """The table behind `training_flops`: each part of the model, summed over layers."""
+def executed_flops(model: ModelConfig, recipe: RecipeConfig, execution: Execution) -> int:
+    """FLOPs of one sample that a machine does, recomputation included."""
+    return sum(work.total + work.again for work in sample_work(model, recipe, execution))
+
+
+def naive_flops(model: ModelConfig, recipe: RecipeConfig) -> int:
+    """6 FLOPs for each parameter and slot of a sample, as if all were trained, none looked up."""
+    return 6 * num_parameters(model, recipe) * stage_grid(model, recipe.stage).sequence
+
+
+def sample_work(
+    model: ModelConfig, recipe: RecipeConfig, execution: Execution = USEFUL
+) -> list[Work]:
+    """Each part of the model, summed over layers."""
     total: dict[str, Work] = {}
-    for layer in layer_work(model, recipe):
+    for layer in layer_work(model, recipe, execution):
         for work in layer:
             total[work.part] = total[work.part] + work if work.part in total else work
     return list(total.values())
 
 
-def layer_work(model: ModelConfig, recipe: RecipeConfig) -> list[list[Work]]:
+def layer_work(
+    model: ModelConfig, recipe: RecipeConfig, execution: Execution = USEFUL
+) -> list[list[Work]]:
     """The parts of each layer of model/build.py's list; an embedding looks up, which is no work."""
-    blocks = [_block_work(model, recipe, index) for index in range(model.layers)]
+    blocks = [block_work(model, recipe, index, execution) for index in range(model.layers)]
+    return [[], *blocks, [head_work(model, recipe)]]
+
+
+def head_work(model: ModelConfig, recipe: RecipeConfig) -> Work:
+    """Logits of image codes at loss-carrying slots."""
     grid = stage_grid(model, recipe.stage)
     slots = len(loss_frames(recipe.stage, grid.frames)) * grid.tokens_per_frame
-    head = _linear("head", slots, model.hidden * model.image_codes, True, recipe.stage == "image")
-    return [[], *blocks, [head]]
+    return _linear("head", slots, model.hidden * model.image_codes, True, recipe.stage == "image")
 
 
-def _block_work(model: ModelConfig, recipe: RecipeConfig, layer: int) -> list[Work]:
+@lru_cache(maxsize=1024)
+def block_work(
+    model: ModelConfig, recipe: RecipeConfig, layer: int, execution: Execution = USEFUL
+) -> list[Work]:
+    """The parts of block `layer`."""
     grid, h = stage_grid(model, recipe.stage), model.hidden
     base_trains = recipe.stage == "image"
     spatial = spatial_rule(grid, recipe.stage)
+    # Of the last block's text, only keys and values reach the loss.
+    text_goes_on = base_trains and layer < model.layers - 1
     work = [
-        _linear("text stream", grid.text, 12 * h * h, base_trains, base_trains),
-        _attention("text attention", grid.text**2, h, base_trains),
+        _linear("text stream", grid.text, 3 * h * h, base_trains, base_trains)
+        + _linear("text stream", grid.text, 9 * h * h, text_goes_on, text_goes_on),
+        _text_attention(grid.text, h, text_goes_on),
         _linear("image stream", grid.image_tokens, 12 * h * h, True, base_trains),
-        _image_attention("spatial attention", spatial, grid.text, h, base_trains),
+        _image_attention("spatial attention", spatial, grid.text, model, execution, base_trains),
     ]
     if not base_trains:
         rule = temporal_rule(grid, recipe.stage, recipe.window, layer)
         work += [
             _linear("temporal on images", grid.image_tokens, 4 * h * h, True, True),
             _linear("temporal on text", grid.text, 2 * h * h, False, True),
-            _image_attention("temporal attention", rule, grid.text, h, True),
+            _image_attention("temporal attention", rule, grid.text, model, execution, True),
         ]
-    return work
+    if execution.recompute == "none":
+        return work
+    # Frozen text has no backward pass, so it is not computed again.
+    kept = () if base_trains else ("text stream", "text attention")
+    return [part if part.part in kept else _done_again(part) for part in work]
+
+
+@cache
+def num_parameters(model: ModelConfig, recipe: RecipeConfig) -> int:
+    """All parameters, frozen ones included."""
+    return sum(prod(row.shape) for row in parameter_table(model, recipe))
+
+
+def _done_again(work: Work) -> Work:
+    return replace(work, again=work.forward)
 
 
 def _linear(part: str, rows: int, weights: int, input_gradient: bool, trains: bool) -> Work:
@@ -84,19 +153,16 @@ def _linear(part: str, rows: int, weights: int, input_gradient: bool, trains: bo
     return Work(part, flops, flops * input_gradient, flops * trains)
 
 
-def _attention(part: str, pairs: int, hidden: int, backward: bool) -> Work:
+def _text_attention(text: int, hidden: int, backward: bool) -> Work:
     """Two matrix products forward; four backward (dV, dP, dQ, dK)."""
-    flops = 4 * pairs * hidden
-    return Work(part, flops, 2 * flops * backward, 0)
+    flops = 4 * text**2 * hidden
+    return Work("text attention", flops, 2 * flops * backward, 0)
 
 
-def _image_attention(part: str, rule: Rule, text: int, hidden: int, text_gradient: bool) -> Work:
+def _image_attention(
+    part: str, rule: Rule, text: int, model: ModelConfig, execution: Execution, text_gradient: bool
+) -> Work:
     """Image queries over image and text keys; frozen text keys and values need no gradient."""
-    image = _attention(part, visible_pairs(rule), hidden, True)
-    flops = 4 * rule.frames * rule.side**2 * text * hidden
-    return Work(
-        part,
-        image.forward + flops,
-        image.input_gradient + flops * (2 if text_gradient else 1),
-        0,
-    )
+    products = attention_products(rule, text, execution.attention, model.head_size, text_gradient)
+    h = model.hidden
+    return Work(part, 2 * h * products.forward, 2 * h * products.backward, 0)

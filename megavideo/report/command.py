@@ -51,7 +51,7 @@ def main(runs: tuple[Path, ...], output: Path, image_tokenizer: Path | None, sam
 
 def _page(runs: Sequence[FinishedRun], pictures: dict[str, str]) -> str:
     sections = ["# Training report", "![loss curves](losses.png)", _figures(runs)]
-    sections += [_captions(runs), _frozen(runs)]
+    sections += [_utilisation(runs), _captions(runs), _frozen(runs)]
     sections += [
         f"## Predicted frames: {name}\n\n![{name}]({file})" for name, file in pictures.items()
     ]
@@ -73,6 +73,29 @@ def _figures(runs: Sequence[FinishedRun]) -> str:
     ]
     heads = ["run", "stage", "steps", "training loss", "tokens/s", "clips/s", "waiting for data"]
     return "## Figures\n\n" + _table(heads, rows)
+
+
+def _utilisation(runs: Sequence[FinishedRun]) -> str:
+    rows = [
+        [
+            run.name,
+            f"{run.typical('mfu'):.1%}",
+            f"{run.typical('mfu_6n'):.1%}",
+            f"{run.typical('hfu'):.1%}",
+            f"{run.last('peak_tflops'):g}",
+        ]
+        for run in runs
+        if run.has("peak_tflops")
+    ]
+    if not rows:
+        return ""
+    about = (
+        "MFU counts useful work: visible attention pairs, no gradients of frozen weights. Papers' "
+        "6N charges every parameter as trained. HFU counts all that was executed, recomputation "
+        "included."
+    )
+    heads = ["run", "MFU", "MFU (naive 6N)", "HFU", "peak TFLOP/s of a device"]
+    return f"## Utilisation\n\n{about}\n\n" + _table(heads, rows)
 
 
 def _captions(runs: Sequence[FinishedRun]) -> str:

@@ -12,7 +12,7 @@ from megavideo.checkpoint.manifest import Manifest, read_manifest
 from megavideo.checkpoint.sources import find_checkpoint, read_base
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
-from megavideo.engine.weights import DTYPES
+from megavideo.model.execution import DTYPES
 from megavideo.train.metrics import Row, read_rows
 
 

@@ -1,4 +1,4 @@
-"""How fast a run is: clips, tokens and useful FLOPs per second, and their part of the peak."""
+"""How fast a run is: clips, tokens and FLOPs per second, and their part of the peak."""
 
 import resource
 
@@ -6,7 +6,8 @@ import torch
 
 from megavideo.config.schema import Config
 from megavideo.model.build import stage_grid
-from megavideo.model.flops import training_flops
+from megavideo.model.execution import execution_here
+from megavideo.model.flops import executed_flops, naive_flops, training_flops
 
 # Dense bf16/fp16 matrix TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the
 # first that fits counts.
@@ -22,14 +23,22 @@ PEAK_TFLOPS = {
 class Speed:
     """Turns samples and seconds into the figures of a metrics row.
 
-    MFU counts what model/flops.py calls useful (no recomputation), over the peak of all devices; it
-    is left out where the peak is unknown.
+    `tflops` and `mfu` count useful work, `mfu_6n` the 6 N of papers, `hfu` what is executed (see
+    model/flops.py). All three are over the peak of all devices, which stands beside them as
+    `peak_tflops`; where it is unknown they are left out.
     """
 
     def __init__(self, config: Config, world_size: int):
-        self._tokens = stage_grid(config.model, config.recipe.stage).sequence
-        self._flops = training_flops(config.model, config.recipe)
-        self._peak = peak_tflops(config) * 1e12 * world_size
+        model, recipe = config.model, config.recipe
+        self._tokens = stage_grid(model, recipe.stage).sequence
+        self._flops = training_flops(model, recipe)
+        self._utilisations = {
+            "mfu": self._flops,
+            "mfu_6n": naive_flops(model, recipe),
+            "hfu": executed_flops(model, recipe, execution_here(config)),
+        }
+        self._peak = peak_tflops(config)
+        self._world_size = world_size
 
     def figures(self, samples: int, seconds: float) -> dict[str, float]:
         """Figures of `samples` (over all ranks) trained in `seconds`."""
@@ -40,7 +49,9 @@ class Speed:
             "tflops": rate * self._flops / 1e12,
         }
         if self._peak:
-            figures["mfu"] = rate * self._flops / self._peak
+            per_flop = rate / (self._peak * 1e12 * self._world_size)
+            figures |= {name: flops * per_flop for name, flops in self._utilisations.items()}
+            figures["peak_tflops"] = self._peak
         return figures
 
 

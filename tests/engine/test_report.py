@@ -1,5 +1,6 @@
 """`megavideo report` on a base and a video run, trained for a few steps."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, stage1 = folder / "base", folder / "stage1"
     for run, *settings in (
         (base, "recipe.stage=image"),
-        (stage1, f"recipe.base={base}", "run.evaluate_every=2"),
+        (stage1, f"recipe.base={base}", "run.evaluate_every=2", "run.peak_tflops=2.5"),
     ):
         few = ("recipe.steps=4", "run.log_every=1", "run.evaluate_samples=8", *settings)
         done = megavideo("train", dataset, run, *(x for s in few for x in ("--set", s)))
@@ -54,6 +55,7 @@ def test_a_report_shows_figures_captions_and_the_frozen_digest(runs: Path) -> No
     assert "| stage1 | keyframes | 4 |" in page
     assert "| run | samples | right captions | shuffled captions | difference |" in page
     assert "| equal |" in page and "CHANGED" not in page
+    assert re.search(r"\| stage1 \| [\d.]+% \| [\d.]+% \| [\d.]+% \| 2\.5 \|", page)
     for picture in ("losses.png", "predictions-base.png", "predictions-stage1.png"):
         assert picture in page
         assert Image.open(runs / "report" / picture).getcolors(2) is None, "more than two colours"

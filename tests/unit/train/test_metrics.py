@@ -38,6 +38,21 @@ def test_mfu_is_left_out_where_the_peak_is_unknown(tmp_path: Path) -> None:
     assert peak_tflops(known) == 0.5
     figures = Speed(known, world_size=2).figures(8, 2.0)
     assert figures["mfu"] == pytest.approx(figures["tflops"] / (2 * 0.5))
+    assert figures["peak_tflops"] == 0.5
+
+
+def test_recomputation_counts_in_hfu_and_frozen_weights_in_the_naive_mfu(tmp_path: Path) -> None:
+    def figures(recompute: str) -> dict[str, float]:
+        settings = config(
+            tmp_path,
+            run={"directory": "x", "peak_tflops": 0.5},
+            parallel={"recompute": recompute},
+        )
+        return Speed(settings, world_size=1).figures(8, 2.0)
+
+    kept, again = figures("none"), figures("layer")
+    assert kept["mfu"] == again["mfu"] < kept["hfu"] < again["hfu"]
+    assert kept["mfu_6n"] == again["mfu_6n"] > kept["mfu"]
 
 
 @pytest.fixture

@@ -1,0 +1,36 @@
+"""FLOPs of one sample as the published code executes it: what ours are a saving against.
+
+Text is computed, and differentiated, like images; scores are dense squares (the temporal channel's
+of w x w x frames slots where there are windows); logits have all vocabulary rows at all slots.
+"""
+
+from megavideo.config.schema import ModelConfig, RecipeConfig
+from megavideo.model.flops import Work
+
+
+def published_work(model: ModelConfig, recipe: RecipeConfig) -> list[Work]:
+    """Parts summed over layers, for the video stages."""
+    grid, h = model.grid, model.hidden
+    slots, images, text = grid.sequence, grid.image_tokens, grid.text
+    seen = recipe.window**2 * grid.frames if recipe.window else images
+    spatial = slots * text + images * grid.tokens_per_frame
+    temporal = images * (seen + text)
+    layers = model.layers
+    return [
+        _linear("frozen linears", layers * slots * 12 * h * h, trains=False),
+        _linear("temporal linears", layers * (3 * slots + images) * h * h, trains=True),
+        _attention("spatial attention", layers * spatial * h),
+        _attention("temporal attention", layers * temporal * h),
+        _linear("head", slots * h * model.vocab_size, trains=False),
+    ]
+
+
+def _linear(part: str, multiplications: int, trains: bool) -> Work:
+    flops = 2 * multiplications
+    return Work(part, flops, flops, flops * trains)
+
+
+def _attention(part: str, multiplications: int) -> Work:
+    """Two products forward, four backward, of which autograd keeps the scores."""
+    flops = 4 * multiplications
+    return Work(part, flops, 2 * flops, 0)
