@@ -57,6 +57,10 @@ COMMANDS = {
         "megavideo.train.evaluate_command:main",
         "Loss on held-out clips, with right or shuffled captions.",
     ),
+    "generate": (
+        "megavideo.generate.command:main",
+        "Generate videos from prompts.",
+    ),
     "benchmark": (
         "megavideo.benchmark.command:main",
         "Measure speed beside that of alternatives.",

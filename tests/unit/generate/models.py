@@ -33,8 +33,12 @@ def recipe(stage: str, window: int = 0) -> RecipeConfig:
 
 
 def tiny_model(stage: str, window: int = 0) -> nn.Sequential:
+    return draw_weights(MODEL, recipe(stage, window))
+
+
+def draw_weights(config: ModelConfig, recipe: RecipeConfig) -> nn.Sequential:
     """Weights large enough that a wrong mask or position changes the likeliest token."""
-    model = build_model(MODEL, recipe(stage, window)).eval()
+    model = build_model(config, recipe).eval()
     for number, parameter in enumerate(canonical_parameters(model).values()):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():

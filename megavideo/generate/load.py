@@ -1,0 +1,61 @@
+"""From a checkpoint's folder to a stage that decodes; and the text-to-image model inside one."""
+
+import json
+from pathlib import Path
+
+import torch
+import xxhash
+
+from megavideo.checkpoint.manifest import MANIFEST, read_manifest
+from megavideo.checkpoint.sources import find_checkpoint
+from megavideo.config.schema import Config, ParallelConfig
+from megavideo.data.text_tokenizer import TextTokenizer
+from megavideo.engine.weights import load_model
+from megavideo.engine.world import World
+from megavideo.generate.pipeline import Stage
+from megavideo.generate.work import base_recipe
+from megavideo.model.build import build_model, canonical_parameters
+
+
+def open_checkpoint(path: Path, stage: str) -> tuple[Path, Config]:
+    """The checkpoint at `path` (a run's newest), and the configuration that it was trained with.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, or of another stage than `stage`.
+    """
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} holds no checkpoint")
+    config = Config.model_validate_json(json.dumps(read_manifest(checkpoint).config))
+    if config.recipe.stage != stage:
+        raise ValueError(
+            f"{path} was trained as stage {config.recipe.stage}; a checkpoint of stage {stage} is "
+            "needed here"
+        )
+    return checkpoint, config
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """XXH3-128 of its manifest, which holds the digest of every tensor."""
+    return xxhash.xxh3_128_hexdigest((checkpoint / MANIFEST).read_bytes())
+
+
+def load_stage(checkpoint: Path, config: Config, parallel: ParallelConfig, world: World) -> Stage:
+    """Load a checkpoint's model, in recipe.precision, onto this process's device."""
+    config = config.model_copy(update={"parallel": parallel})
+    model = load_model(config, checkpoint, world.device)
+    return Stage(model, config, TextTokenizer(config.data.text_tokenizer, config.model.image_codes))
+
+
+def base_of(stage: Stage) -> Stage:
+    """The text-to-image model that a text-to-video model holds: the same weights, not copied."""
+    config = stage.config.model_copy(update={"recipe": base_recipe(stage.config.recipe)})
+    with torch.device("meta"):
+        base = build_model(config.model, config.recipe)
+    weights = canonical_parameters(stage.model)
+    shared = {parameter: weights[name] for name, parameter in canonical_parameters(base).items()}
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, shared[parameter])
+    return Stage(base.eval(), config, stage.text)

@@ -1,0 +1,89 @@
+"""A folder with a run of each stage, tokenizers for them, and `megavideo generate` on it."""
+
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+
+from megavideo.checkpoint.base import describe, store_base
+from megavideo.checkpoint.commit import new_checkpoint
+from megavideo.checkpoint.files import combined_digest, write_tensors
+from megavideo.checkpoint.manifest import Manifest, Progress, write_manifest
+from megavideo.config.schema import Config, ModelConfig
+from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from megavideo.data.text_tokenizer import TextTokenizer, train_text_model
+from megavideo.generate.command import main
+from megavideo.model.build import canonical_parameters
+from megavideo.model.trainable import is_trainable
+from tests.unit.generate.models import draw_weights
+
+PROMPTS = ["a red circle moves up", "a blue square does not move", "a star grows"]
+CODES = 32
+
+
+def make_runs(folder: Path) -> None:
+    """`folder`/stage1, stage2 (with windows), text.model and image.safetensors."""
+    (folder / "text.model").write_bytes(train_text_model(PROMPTS, 300))
+    torch.manual_seed(0)
+    config = ImageTokenizerConfig(channels=4, z_channels=4, num_codes=CODES, rates=(8,))
+    ImageTokenizer(config).save(folder / "image.safetensors")
+    write_run(folder, "stage1", "keyframes", window=0)
+    write_run(folder, "stage2", "interpolation", window=2)
+
+
+def write_run(folder: Path, name: str, stage: str, window: int) -> None:
+    text = TextTokenizer(folder / "text.model", CODES)
+    model = ModelConfig(
+        hidden=16,
+        heads=2,
+        layers=2,
+        text_slots=24,
+        frames=5,
+        side=4,
+        vocab_size=text.vocab_size,
+        image_codes=CODES,
+        pad=text.pad,
+        newline=text.newline,
+        begin_of_image=text.begin_of_image,
+        position_rows=64,
+        image_position=32,
+        frame_position_rows=64,
+    )
+    config = Config.model_validate(
+        {
+            "model": model,
+            "recipe": {"stage": stage, "window": window, "steps": 1, "precision": "fp32"},
+            "data": {"train": "nowhere", "text_tokenizer": str(folder / "text.model")},
+            "run": {"directory": str(folder / name)},
+        }
+    )
+    _save(folder / name, config)
+
+
+def _save(run: Path, config: Config) -> None:
+    parameters = canonical_parameters(draw_weights(config.model, config.recipe))
+    stage = config.recipe.stage
+    trained = {n: p.data for n, p in parameters.items() if is_trainable(n, stage)}
+    frozen = {n: p.data for n, p in parameters.items() if n not in trained}
+    digest = combined_digest(describe(frozen))
+    store_base(run, frozen, digest)
+    with new_checkpoint(run, 1) as checkpoint:
+        files = {"weights.safetensors": write_tensors(checkpoint / "weights.safetensors", trained)}
+        whole = config.model_dump(mode="json")
+        write_manifest(checkpoint, Manifest(Progress(1, 1, 1), whole, "data", digest, None, files))
+
+
+def generate(folder: Path, output: Path, *options: str) -> str:
+    """Call the program on both stages of `make_runs`; what it printed.
+
+    Raises: whatever it raised.
+    """
+    arguments = ["--image-tokenizer", str(folder / "image.safetensors"), "--output", str(output)]
+    result = CliRunner().invoke(main, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def both_stages(folder: Path) -> list[str]:
+    """The options that name both."""
+    return ["--checkpoint", str(folder / "stage1"), "--stage2", str(folder / "stage2")]

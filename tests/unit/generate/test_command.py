@@ -1,0 +1,159 @@
+"""`megavideo generate` on tiny runs: files, seeds, resumption, starting frames, mistakes."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megavideo.data.image_tokenizer import ImageTokenizer, images_of
+from megavideo.data.video import read_clip, write_video
+from megavideo.generate.requests import Request
+from tests.unit.generate.runs import PROMPTS, both_stages, generate, make_runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_runs(folder)
+    return folder
+
+
+def tokens(output: Path, prompt: str = PROMPTS[0], number: int = 0) -> np.ndarray:
+    return np.load(output / Request(prompt, number).name / "tokens.npy")
+
+
+def prompt_options(prompts: list[str]) -> list[str]:
+    return [word for prompt in prompts for word in ("--prompt", prompt)]
+
+
+def test_a_video_has_33_frames_in_every_file(runs: Path, tmp_path: Path) -> None:
+    said = generate(runs, tmp_path, *both_stages(runs), *prompt_options(PROMPTS[:1]))
+    assert "1 videos generated, 0 were there already; 528 tokens" in said
+    (folder,) = tmp_path.iterdir()
+    clip = read_clip(folder / "video.mp4", 8.0)
+    assert clip.frames.shape == (33, 32, 32, 3) and clip.duration_s == 33 / 8
+    with Image.open(folder / "video.gif") as gif:
+        assert gif.n_frames <= 33 and gif.size == (32, 32)  # equal neighbours are merged
+    assert tokens(tmp_path).shape == (33, 16) and tokens(tmp_path).dtype == np.uint16
+    about = json.loads((folder / "about.json").read_text())
+    assert about["prompt"] == PROMPTS[0] and about["fps"] == 8.0 and about["frames"] == 33
+    assert about["settings"]["stage1"]["checkpoint"] == "step-00000001"
+    assert about["files"].keys() == {"video.mp4", "video.gif", "frames.png", "tokens.npy"}
+    with av.open(str(folder / "video.mp4")) as container:
+        assert container.metadata["comment"] == PROMPTS[0]
+
+
+def test_a_video_depends_on_prompt_and_seed_not_on_what_is_made_beside_it(
+    runs: Path, tmp_path: Path
+) -> None:
+    stages = [*both_stages(runs), "--rounds", "1"]
+    generate(runs, tmp_path / "a", *stages, *prompt_options(PROMPTS[1:]), "--samples", "2")
+    generate(runs, tmp_path / "b", *stages, *prompt_options(PROMPTS[2:]), "--batch", "1")
+    generate(runs, tmp_path / "c", *stages, *prompt_options(PROMPTS[2:]), "--seed", "1")
+    alone = tokens(tmp_path / "b", PROMPTS[2])
+    assert np.array_equal(tokens(tmp_path / "a", PROMPTS[2]), alone)
+    assert not np.array_equal(tokens(tmp_path / "a", PROMPTS[2], 1), alone)
+    assert not np.array_equal(tokens(tmp_path / "c", PROMPTS[2]), alone)
+
+
+def test_a_list_that_was_cut_off_goes_on(runs: Path, tmp_path: Path) -> None:
+    options = [*both_stages(runs), *prompt_options(PROMPTS), "--rounds", "0"]
+    generate(runs, tmp_path, *options)
+    first, second, third = (tmp_path / Request(prompt).name for prompt in PROMPTS)
+    before = (first / "about.json").stat().st_mtime_ns
+    (second / "about.json").unlink()  # it was being written
+    (third / "tokens.npy").write_bytes(b"half")
+    wanted = tokens(tmp_path, PROMPTS[1])
+    assert "2 videos generated, 1 were there already" in generate(runs, tmp_path, *options)
+    assert (first / "about.json").stat().st_mtime_ns == before
+    assert np.array_equal(tokens(tmp_path, PROMPTS[1]), wanted)
+    assert tokens(tmp_path, PROMPTS[2]).shape == (5, 16)
+    assert "all 3 videos are there already" in generate(runs, tmp_path, *options)
+    with pytest.raises(ValueError, match=r"other settings \(temperature\)"):
+        generate(runs, tmp_path, *options, "--temperature", "0.5")
+
+
+def test_guidance_clusters_and_published_windows_change_the_video(
+    runs: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "labels.npy", np.arange(32) % 5)
+    plain = ["--checkpoint", str(runs / "stage1"), *prompt_options(PROMPTS[:1])]
+    made = {"plain": plain}
+    made["guidance"] = [*plain, "--guidance", "3"]
+    made["weight"] = [*plain, "--text-weight", "1.4"]
+    made["clusters"] = [*plain, "--clusters", str(tmp_path / "labels.npy"), "--top-k", "2"]
+    made["greedy"] = [*plain, "--first-temperature", "0", "--temperature", "0"]
+    videos = {}
+    for name, options in made.items():
+        generate(runs, tmp_path / name, *options)
+        videos[name] = tokens(tmp_path / name).tobytes()
+    assert len(set(videos.values())) == len(videos)
+
+
+def test_a_given_first_frame_is_every_videos_first(runs: Path, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (48, 40, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "start.png")
+    options = ["--checkpoint", str(runs / "stage1"), "--first-frame", str(tmp_path / "start.png")]
+    generate(runs, tmp_path / "out", *options, *prompt_options(PROMPTS[:2]))
+    tokenizer = ImageTokenizer.load(runs / "image.safetensors")
+    square = read_clip(tmp_path / "start.png", 1.0, 32).frames
+    expected = tokenizer.encode(images_of(square)).flatten().numpy()
+    for prompt in PROMPTS[:2]:
+        assert np.array_equal(tokens(tmp_path / "out", prompt)[0], expected)
+
+
+def test_a_given_video_is_interpolated(runs: Path, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "slow.mp4", frames, 2.0)
+    options = ["--stage2", str(runs / "stage2"), "--interpolate", str(tmp_path / "slow.mp4")]
+    options += ["--fps", "2", "--rounds", "1", *prompt_options(PROMPTS[:1])]
+    generate(runs, tmp_path / "out", *options)
+    made = tokens(tmp_path / "out")
+    tokenizer = ImageTokenizer.load(runs / "image.safetensors")
+    given = tokenizer.encode(images_of(read_clip(tmp_path / "slow.mp4", 2.0, 32).frames))
+    assert made.shape == (11, 16)
+    assert np.array_equal(made[::2], given.flatten(1).numpy())
+    generate(runs, tmp_path / "one", *options, "--batch", "1")
+    assert np.array_equal(tokens(tmp_path / "one"), made)
+
+
+def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None:
+    options = [*both_stages(runs), *prompt_options(PROMPTS), "--samples", "2", "--guidance", "3"]
+    said = generate(runs, tmp_path / "out", *options, "--dry-run")
+    assert "6 of 33 frames at 8 fps" in said
+    assert "528 a video, 3,168 in all" in said  # 33 frames of 16 tokens
+    assert "17 sequences a video" in said  # 1 first frame, 2 with guidance, 2 + 4 + 8 runs
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stage2", "stage2"], "--checkpoint"),
+        (["--checkpoint", "stage2"], "trained as stage interpolation"),
+        (["--checkpoint", "stage1", "--rounds", "1"], "needs --stage2"),
+        (["--checkpoint", "nowhere"], "holds no checkpoint"),
+        (["--checkpoint", "stage1", "--prompts", "text.model"], "either --prompt"),
+        (["--interpolate", "text.model"], "needs --stage2"),
+        (["--stage2", "stage2", "--interpolate", "text.model"], "video text.model"),
+        (["--checkpoint", "stage1", "--clusters", "labels.npy"], "32 integers from 0"),
+        (["--checkpoint", "stage1", "--top-p", "0"], "top_p=0"),
+        (["--checkpoint", "stage1", "--image-tokenizer", "other.safetensors"], "has 16 codes"),
+    ],
+)
+def test_mistakes_are_named(
+    runs: Path, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    np.save("labels.npy", np.zeros(3, np.int64))
+    from megavideo.data.image_tokenizer import ImageTokenizerConfig
+
+    config = ImageTokenizerConfig(channels=4, z_channels=4, num_codes=16, rates=(8,))
+    ImageTokenizer(config).save("other.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        generate(runs, tmp_path, *options, *prompt_options(PROMPTS[:1]))
+    assert not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
