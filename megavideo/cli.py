@@ -29,6 +29,10 @@ COMMANDS = {
         "megavideo.data_tools.cluster_codes:main",
         "Group the image tokenizer's codes, for cluster sampling.",
     ),
+    "train-superres": (
+        "megavideo.superres.command:main",
+        "Train super-resolution on a frozen base: tokens of a frame three times as large.",
+    ),
     "tokenize-videos": (
         "megavideo.data_tools.tokenize_videos:main",
         "Decode captioned videos and write their tokens as shards.",

@@ -17,12 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, images_of
-from megavideo.files import atomic_path
+from megavideo.data.trainer_file import load_trainer, save_trainer, warm_cosine
 
 DEAD_SHARE = 0.03  # a code chosen less than this share of the mean is dead
 REVIVE_EVERY = 10  # steps
@@ -72,11 +70,7 @@ class ImageTraining:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        warmup = max(1, round(self.steps * self.warmup))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * warm_cosine(step, self.steps, self.warmup)
 
 
 class Score(NamedTuple):
@@ -200,36 +194,13 @@ class ImageTrainer:
         return _score(torch.cat(errors).mean(), torch.cat(indices), self.model.num_codes)
 
     def save(self, path: Path) -> None:
-        """Write everything that `resume` needs as one safetensors file."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        metadata = {"step": str(self.step), "settings": self._settings()}
-        with atomic_path(path) as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata)
+        """Write everything that `resume` needs as one file."""
+        save_trainer(path, self.model.state_dict(), self.optimizer, self.step, self._settings())
 
     def resume(self, path: Path) -> None:
         """Continue from a file of `save`; ValueError if it belongs to other settings."""
-        with safe_open(path, framework="pt", device=str(self.device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("settings") != self._settings():
-                raise ValueError(
-                    f"{path} belongs to other settings: {metadata.get('settings')} instead of "
-                    f"{self._settings()}; remove it to start anew"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        self.model.load_state_dict(model)
-        self._load_optimizer({n: t for n, t in tensors.items() if n.startswith("optimizer.")})
-        self.step = int(metadata["step"])
-
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            _, number, key = name.split(".")
-            states.setdefault(int(number), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        weights, settings = self.model.state_dict(), self._settings()
+        self.step = load_trainer(path, weights, self.optimizer, settings, self.device)
 
     def _settings(self) -> str:
         return json.dumps([asdict(self.model.config), asdict(self.training)])

@@ -69,12 +69,16 @@ class DirectConfig(SuperResolutionConfig):
             raise ValueError(
                 f"fine_side={self.fine_side} is not a multiple of coarse_side={self.coarse_side}"
             )
-        needed = max(self.text_slots, self.coarse_position + self.coarse_tokens)
+        if self.text_slots > self.coarse_position:
+            raise ValueError(
+                f"text_slots={self.text_slots} overlaps coarse_position={self.coarse_position}; "
+                f"use at most {self.coarse_position} text slots"
+            )
+        needed = self.coarse_position + self.coarse_tokens
         if self.position_rows < needed:
             raise ValueError(
-                f"position_rows={self.position_rows} are fewer than the {needed} that "
-                f"{self.text_slots} text slots and {self.coarse_tokens} coarse tokens from "
-                f"position {self.coarse_position} need"
+                f"position_rows={self.position_rows} cannot hold {self.coarse_tokens} coarse "
+                f"tokens from position {self.coarse_position}; the base needs at least {needed}"
             )
         return self
 

@@ -1,0 +1,149 @@
+"""A super-resolution model on disk: ours, or one that CogView2 published.
+
+Ours is a folder: `superres.json`, sealed and written last, `weights.safetensors` with what training
+changed, and `base/`, the frozen weights under their digest.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from megavideo.checkpoint.base import describe, load_base, store_base
+from megavideo.checkpoint.files import (
+    combined_digest,
+    read_tensors,
+    write_tensors,
+)
+from megavideo.checkpoint.formats.sat import is_sat, read_sat
+from megavideo.checkpoint.manifest import entries_from_json, read_sealed, write_sealed
+from megavideo.files import atomic_path
+from megavideo.superres.config import DirectConfig, IterativeConfig
+from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
+from megavideo.superres.published import superres_name
+
+FORMAT = "megavideo-superres-1"
+MANIFEST = "superres.json"
+WEIGHTS = "weights.safetensors"
+PUBLISHED_HEAD = 64  # units of a head in every published model
+
+SuperResolution = DirectSuperResolution | IterativeSuperResolution
+Config = DirectConfig | IterativeConfig
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was trained with: digests of both tokenizers, and optimizer steps."""
+
+    text_tokenizer: str
+    image_tokenizer: str
+    steps: int
+
+
+def save(folder: Path, model: DirectSuperResolution, origin: Origin) -> None:
+    """Write `model`: its trainable weights, and once, by content, the frozen ones."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    base = combined_digest(describe(frozen))
+    store_base(folder, frozen, base)
+    with atomic_path(folder / WEIGHTS) as temporary:
+        entries = write_tensors(temporary, trained)
+    body = {
+        "config": model.config.model_dump(),
+        "origin": asdict(origin),
+        "base": base,
+        "tensors": {name: asdict(entry) for name, entry in entries.items()},
+    }
+    write_sealed(folder / MANIFEST, FORMAT, body)
+
+
+def load(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> SuperResolution:
+    """The model in folder `path`, ours or a published one in SAT's format, for use.
+
+    Of a published one, `model_config.json` beside it says how many heads it has; without that
+    file, heads have 64 units as all published ones do.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+        ValueError: if it is damaged, or is no super-resolution model.
+    """
+    if (path / MANIFEST).is_file():
+        config, tensors = _read_own(path)
+    elif path.is_dir() and is_sat(path):
+        config, tensors = _read_published(path)
+    else:
+        raise FileNotFoundError(
+            f"{path} is no super-resolution model: it has neither {MANIFEST} nor SAT's files"
+        )
+    return _filled(config, tensors, path).to(device, dtype).eval().requires_grad_(False)
+
+
+def origin_of(path: Path) -> Origin | None:
+    """What the model in folder `path` was trained with; None for a published one."""
+    if not (path / MANIFEST).is_file():
+        return None
+    return Origin(**read_sealed(path / MANIFEST, FORMAT)["origin"])
+
+
+def _read_own(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    body = read_sealed(path / MANIFEST, FORMAT)
+    trained = read_tensors(path / WEIGHTS, entries_from_json(body["tensors"]))
+    config: Config = TypeAdapter(Config).validate_python(body["config"])
+    return config, {**load_base(path, body["base"]), **trained}
+
+
+def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    tensors = {superres_name(name): tensor for name, tensor in read_sat(path).items()}
+    return published_config(tensors, _settings(path)), tensors
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    for folder in (path, path.parent):
+        if (folder / "model_config.json").is_file():
+            return json.loads((folder / "model_config.json").read_text())
+    return {}
+
+
+def published_config(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Config:
+    """Sizes of a published model, from its tensors by our names and its model_config.json.
+
+    Raises: ValueError if it is no super-resolution model.
+    """
+    if "embedding.fine_position" not in tensors:
+        raise ValueError("it has no positions of fine tokens, so it is no super-resolution model")
+    hidden = tensors["head.norm.weight"].shape[0]
+    side = isqrt(len(tensors["embedding.fine_position"]))
+    sizes = {
+        "hidden": hidden,
+        "heads": settings.get("num_attention_heads", hidden // PUBLISHED_HEAD),
+        "layers": sum(name.endswith(".input_norm.weight") for name in tensors),
+        "fine_side": side,
+        "vocab_size": len(tensors["embedding.word"]),
+        "position_rows": len(tensors["embedding.position"]),
+    }
+    if any(".attention.fine." in name for name in tensors):
+        return DirectConfig(**sizes, coarse_side=side // 3)
+    return IterativeConfig(**sizes)
+
+
+def _filled(config: Config, tensors: dict[str, Tensor], path: Path) -> SuperResolution:
+    """A model that takes the tensors over without copying them."""
+    with torch.device("meta"):
+        model: SuperResolution
+        if isinstance(config, DirectConfig):
+            model = DirectSuperResolution(config)
+        else:
+            model = IterativeSuperResolution(config)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its sizes: {error}") from None
+    return model

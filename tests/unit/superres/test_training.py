@@ -1,0 +1,115 @@
+"""Training super-resolution: it learns from coarse tokens, repeats and resumes exactly."""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megavideo.config.schema import ModelConfig
+from megavideo.superres.pairs import Pairs
+from megavideo.superres.training import (
+    DirectTrainer,
+    Training,
+    direct_config,
+    is_trained,
+    new_model,
+)
+from tests.unit.superres.samples import DIRECT, direct
+
+CPU = torch.device("cpu")
+TRAINING = Training(steps=12, batch=4, learning_rate=5e-3, seed=0)
+
+
+def pairs(count: int = 24) -> Pairs:
+    """Fine frames repeat each coarse token 3 x 3; captions differ in length."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(20, size=(count, 2, 2)).astype(np.uint16)
+    fine = coarse.repeat(3, 1).repeat(3, 2)
+    texts = [[21 + number % 5] * (1 + number % 7) for number in range(count)]
+    return Pairs(coarse.reshape(count, 4), fine.reshape(count, 36), texts)
+
+
+def base() -> dict[str, Tensor]:
+    """Random, but passing on what it is given, as a trained one does."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: p for n, p in direct().state_dict().items() if not is_trained(n)}
+    for name, tensor in weights.items():
+        if "norm" in name or name.endswith(".bias"):
+            weights[name] = torch.full(tensor.shape, float(name.endswith(".weight")))
+        else:
+            weights[name] = torch.empty(tensor.shape).normal_(0, 0.3, generator=generator)
+    return weights
+
+
+def trained(training: Training = TRAINING, until: int | None = None) -> DirectTrainer:
+    trainer = DirectTrainer(new_model(DIRECT, base(), seed=0), training, CPU)
+    run_until(trainer, until)
+    return trainer
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run_until(trainer: DirectTrainer, until: int | None) -> None:
+    def stop(_: float) -> None:
+        if trainer.step == until:
+            raise Interrupted
+
+    with suppress(Interrupted):
+        trainer.train(pairs(), stop)
+
+
+def weights(trainer: DirectTrainer) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in trainer.trained.values()])
+
+
+def test_fine_tokens_that_follow_from_coarse_ones_are_learned_with_a_frozen_base() -> None:
+    trainer = trained(replace(TRAINING, steps=80, batch=8, learning_rate=2e-2))
+    score = trainer.evaluate(pairs())
+    assert score.accuracy > 0.5 > 3 * score.commonest, score
+    for name, tensor in base().items():
+        assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_a_fresh_model_inherits_from_the_base() -> None:
+    state = new_model(DIRECT, base(), seed=0).state_dict()
+    spatial, fine = (state[f"layers.1.attention.{name}.qkv.weight"] for name in ("spatial", "fine"))
+    assert torch.equal(spatial, fine)
+    frame = base()["embedding.position"][8:12].view(2, 2, -1)
+    grid = state["embedding.fine_position"].view(6, 6, -1)
+    assert torch.equal(grid[:2, :2], frame) and torch.equal(grid[4:, 2:4], frame)
+
+
+def test_training_repeats_and_resumes_exactly(tmp_path: Path) -> None:
+    whole = weights(trained())
+    interrupted = trained(until=5)
+    interrupted.save(tmp_path / "training.safetensors")
+    resumed = DirectTrainer(new_model(DIRECT, base(), seed=0), TRAINING, CPU)
+    resumed.resume(tmp_path / "training.safetensors")
+    assert resumed.step == 5
+    run_until(resumed, None)
+    assert torch.equal(weights(resumed), whole)
+    other = DirectTrainer(new_model(DIRECT, base(), seed=0), replace(TRAINING, seed=1), CPU)
+    with pytest.raises(ValueError, match="belongs to other settings"):
+        other.resume(tmp_path / "training.safetensors")
+
+
+def test_another_base_is_refused() -> None:
+    lacking = {name: tensor for name, tensor in base().items() if name != "head.norm.bias"}
+    with pytest.raises(ValueError, match=r"head\.norm\.bias is missing or differs"):
+        new_model(DIRECT, lacking, seed=0)
+
+
+def test_a_base_without_a_position_for_the_last_token_is_refused() -> None:
+    sizes = {"hidden": 16, "heads": 2, "layers": 2, "text_slots": 8, "side": 4}
+    ids = {"vocab_size": 40, "image_codes": 20, "pad": 23, "newline": 24, "begin_of_image": 39}
+    model = ModelConfig(**sizes, **ids, image_position=16, position_rows=32)
+    with pytest.raises(ValueError, match="the base needs at least 33"):
+        direct_config(model)
+    config = direct_config(model.model_copy(update={"position_rows": 33}))
+    assert (config.text_slots, config.coarse_position, config.fine_side) == (16, 17, 12)
