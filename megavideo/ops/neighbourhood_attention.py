@@ -1,7 +1,8 @@
 """`neighbourhood_attention`: attention of super-resolution, and the torch operator behind it.
 
 Operator `megavideo::neighbourhood_attention` means what neighbourhood_reference.py computes; its
-argument `backend` says whether that file or the CUDA kernels compute it.
+argument `backend` says whether that file or the CUDA kernels compute it. SDPA is differentiable
+torch code and needs no operator.
 """
 
 from functools import lru_cache
@@ -14,6 +15,7 @@ from megavideo.log import log
 from megavideo.ops import library, neighbourhood
 from megavideo.ops import neighbourhood_reference as reference
 from megavideo.ops.backends import library_obstacle
+from megavideo.ops.neighbourhood_sdpa import sdpa_neighbourhood_attention
 
 
 def neighbourhood_attention(
@@ -40,7 +42,9 @@ def neighbourhood_attention(
         ValueError: if grids and rules do not fit each other.
     """
     _check(query, grids, rules)
-    backend = _backend(query.device, query.dtype, query.shape[-1])
+    backend = _backend(query.device, query.dtype, query.shape[-1], dropout > 0)
+    if backend == "sdpa":
+        return sdpa_neighbourhood_attention(query, grids, text_kv, text_length, rules)
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     name = encode_rules(rules)
     return _operator(query, grids, text_kv, text_length, name, dropout, seed, backend)[0]
@@ -57,11 +61,15 @@ def _check(query: Tensor, grids: list[Tensor], rules: tuple[NeighbourhoodRule, .
 
 
 @lru_cache(maxsize=16)
-def _backend(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """`library` where it can run and agrees with the reference, which a first call finds out."""
-    reason = library_obstacle(device.type, dtype, head_size, dropout=False)
+def _backend(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    """`library` where it can run and agrees with the reference, which a first call finds out.
+
+    Else SDPA, but not with dropout, nor on a CPU in types that are there for exactness.
+    """
+    reason = library_obstacle(device.type, dtype, head_size, dropout)
     reason = reason or _disagreement(device, dtype, head_size)
-    backend = "reference" if reason else "library"
+    exact = dropout or (device.type == "cpu" and dtype != torch.float32)
+    backend = "library" if not reason else "reference" if exact else "sdpa"
     because = f"; not library ({reason})" if reason else ""
     log.info("neighbourhood attention on %s, %s: %s%s", device.type, dtype, backend, because)
     return backend

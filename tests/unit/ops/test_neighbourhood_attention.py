@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megavideo.layout.neighbourhood import NeighbourhoodRule, encode_rules
+from megavideo.ops import neighbourhood_sdpa
 from megavideo.ops.neighbourhood_attention import neighbourhood_attention
+from megavideo.ops.neighbourhood_sdpa import sdpa_neighbourhood_attention as strips
 
 # Arrays of the published local-attention kernels' arithmetic, computed independently in float64.
 VECTORS = Path(__file__).parents[2] / "reference" / "vectors" / "pub_ila.npz"
@@ -94,6 +96,27 @@ def test_one_grid_is_the_published_kernels(rule: NeighbourhoodRule) -> None:
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, (query, kv), grad)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, (query, kv), grad))
+
+
+@pytest.mark.parametrize("queries_at_once", [6, 12, 256])
+@pytest.mark.parametrize("rules", [(OWN, COARSE), (replace(OWN, causal=True),)], ids=len)
+def test_strips_of_rows_compute_what_the_operator_does(
+    rules: tuple[NeighbourhoodRule, ...], queries_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in float64; on a CPU strips are what runs in float32."""
+    monkeypatch.setattr(neighbourhood_sdpa, "STRIP", queries_at_once)
+    neighbourhood_sdpa._strips.cache_clear()
+    query, text = draw(36), draw(4, 2)
+    grids = [draw(rule.keys, 2, seed=1) for rule in rules]
+    arguments = (query, grids, text, torch.tensor([1, 4]), rules)
+    outs = [function(*arguments) for function in (neighbourhood_attention, strips)]
+    grads = [torch.autograd.grad(out.cos().sum(), (query, *grids, text)) for out in outs]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*grads)
+    narrow = [x.float() for x in grids]
+    by_default = neighbourhood_attention(query.float(), narrow, text.float(), arguments[3], rules)
+    assert torch.equal(by_default, strips(query.float(), narrow, text.float(), *arguments[3:]))
+    torch.testing.assert_close(by_default.double(), outs[0], atol=1e-5, rtol=1e-5)
 
 
 def test_one_softmax_goes_over_both_grids_and_real_text() -> None:
