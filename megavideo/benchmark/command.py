@@ -3,7 +3,6 @@
 import click
 
 from megavideo.benchmark.attention import main as attention
-from megavideo.benchmark.generation import main as generation
 
 
 @click.group()
@@ -13,9 +12,7 @@ def main() -> None:
     \b
     Example:
       megavideo benchmark attention --output runs/benchmark
-      megavideo benchmark generate --output runs/benchmark
     """
 
 
 main.add_command(attention, "attention")
-main.add_command(generation, "generate")

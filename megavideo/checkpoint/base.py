@@ -1,49 +1,31 @@
 """The frozen base of a run: stored once, named by its content, referred to by every checkpoint."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
-from megavideo.checkpoint.files import (
-    TensorEntry,
-    combined_digest,
-    opened,
-    tensor_entry,
-    write_tensors,
-)
-from megavideo.files import atomic_path
+from megavideo.checkpoint.formats.sharded import WEIGHTS_MANIFEST
+from megavideo.checkpoint.manifest import read_manifest
+from megavideo.checkpoint.parts import Parts
 
 
 def base_path(run: Path, digest: str) -> Path:
-    """Where a run keeps the base with this digest."""
-    return run / "base" / f"{digest}.safetensors"
+    """Where a run keeps the base with this digest: a folder of weights like any other of ours."""
+    return run / "base" / digest
 
 
-def describe(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """Entries of `tensors`; `combined_digest` of them is the base's name."""
-    return {name: tensor_entry(tensor) for name, tensor in tensors.items()}
-
-
-def store_base(run: Path, tensors: Mapping[str, Tensor], digest: str) -> None:
-    """Write the base into the run's folder."""
-    with atomic_path(base_path(run, digest)) as temporary:
-        write_tensors(temporary, tensors)
-
-
-def load_base(run: Path, digest: str) -> dict[str, Tensor]:
-    """Read the base named `digest` from a run's folder and check that it is that one.
+def open_base(run: Path, digest: str) -> Parts:
+    """The base named `digest` in a run's folder.
 
     Raises:
         FileNotFoundError, ValueError: if it is missing, damaged or another.
     """
-    path = base_path(run, digest)
-    if not path.is_file():
+    folder = base_path(run, digest)
+    if not (folder / WEIGHTS_MANIFEST).is_file():
         raise FileNotFoundError(
-            f"the frozen base {path} is missing; checkpoints refer to it: copy it back"
+            f"the frozen base {folder} is missing; checkpoints refer to it: copy it back"
         )
-    with opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if combined_digest(describe(tensors)) != digest:
-        raise ValueError(f"{path} is damaged: its content does not have the digest in its name")
-    return tensors
+    manifest = read_manifest(folder / WEIGHTS_MANIFEST)
+    if manifest.content != digest:
+        raise ValueError(
+            f"{folder} holds another base, {manifest.content}; copy the one in its name back"
+        )
+    return Parts(folder, manifest)

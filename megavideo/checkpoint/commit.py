@@ -1,23 +1,24 @@
 """Checkpoints of a run, each a folder that is whole or absent; `latest` names the one to resume.
 
-RUN/checkpoints/step-00000020/{weights.safetensors, optimizer.safetensors, manifest.json}
-RUN/checkpoints/latest
+RUN/checkpoints/step-00000020/   a folder of parts (parts.py); manifest.json was written last
+RUN/checkpoints/latest           "step-00000020"
 """
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megavideo.checkpoint.files import verify_tensors
-from megavideo.checkpoint.manifest import read_manifest
+from megavideo.checkpoint.manifest import MANIFEST, Manifest, write_manifest
+from megavideo.checkpoint.parts import files_of, open_parts
 from megavideo.files import atomic_write, fsync_dir
-from megavideo.log import log
+from megavideo.log import log, rank
 
 LATEST = "latest"
 # Folders being written or removed; a kill may leave one behind, the next commit sweeps it away.
 TEMPORARY = ".tmp-"
+THREADS = 4  # files that are checked at a time
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -30,44 +31,86 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(checkpoints_of(run).glob("step-*"), reverse=True)
 
 
-@contextmanager
-def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """Yield a temporary folder to fill (the manifest last); it becomes the checkpoint of `step`.
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder belongs to."""
+    return checkpoint.resolve().parent.parent
 
-    The caller's files must be fsynced. A kill at any moment leaves the older checkpoints and
-    `latest` as they were.
-    """
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of `step`."""
+    return f"step-{step:08d}"
+
+
+def temporary(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is one."""
+    return checkpoints_of(run) / f"{TEMPORARY}{folder_name(step)}"
+
+
+def begin(run: Path, step: int) -> None:
+    """Make the temporary folder of the checkpoint of `step`; what a kill left of others goes."""
     parent = checkpoints_of(run)
     parent.mkdir(parents=True, exist_ok=True)
     _sweep(parent)
-    name = f"step-{step:08d}"
-    folder = parent / f"{TEMPORARY}{name}"
-    folder.mkdir()
-    yield folder
+    temporary(run, step).mkdir()
+
+
+def commit(run: Path, step: int, manifest: Manifest) -> None:
+    """Make the temporary folder, whose files are all there and fsynced, the checkpoint of `step`.
+
+    A kill at any moment leaves the older checkpoints and `latest` as they were.
+    """
+    parent, folder = checkpoints_of(run), temporary(run, step)
+    check_written(folder, manifest)
+    write_manifest(folder / MANIFEST, manifest)
     fsync_dir(folder)
-    _discard(parent / name)
-    os.replace(folder, parent / name)
+    _discard(parent / folder_name(step))
+    os.replace(folder, parent / folder_name(step))
     fsync_dir(parent)
     with atomic_write(parent / LATEST) as file:
-        file.write(f"{name}\n".encode())
+        file.write(f"{folder_name(step)}\n".encode())
+
+
+def check_written(folder: Path, manifest: Manifest) -> None:
+    """Raises: ValueError if a file is not here that another rank, as it says, has written."""
+    for file in files_of(manifest.tensors, manifest.tp):
+        assert file in manifest.seals, f"no rank has written {file}"
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"{folder / file} was written by another rank, but is not here; run.directory must "
+                "lie on a file system that all ranks share"
+            )
+
+
+def abandon(run: Path, step: int) -> None:
+    """Remove the temporary folder of a checkpoint that could not be written."""
+    shutil.rmtree(temporary(run, step), ignore_errors=True)
 
 
 def newest_whole(run: Path) -> Path | None:
     """The checkpoint that `latest` names, or if that is damaged the newest whole one.
 
-    Every tensor is read and checked. Whatever is passed over is logged with the reason.
+    Everything is read and checked. Whatever is passed over is logged with the reason.
 
     Raises:
         ValueError: if there are checkpoints and all are damaged.
     """
-    candidates = _candidates(run)
+    return first_whole(run, candidates_of(run), _problem)
+
+
+def first_whole(
+    run: Path, candidates: list[Path], problem: Callable[[Path], str | None]
+) -> Path | None:
+    """The first of a run's `candidates` without a `problem`, None if there are no candidates.
+
+    Raises:
+        ValueError: if all have one.
+    """
     for folder in candidates:
-        try:
-            verify_checkpoint(folder)
-        except (ValueError, OSError) as error:
-            log.warning("passing over checkpoint %s: %s", folder.name, error)
-        else:
+        text = problem(folder)
+        if text is None:
             return folder
+        if rank() == 0:
+            log.warning("passing over checkpoint %s: %s", folder.name, text)
     if candidates:
         raise ValueError(
             f"every checkpoint in {checkpoints_of(run)} is damaged; restore one from a backup, or "
@@ -76,14 +119,16 @@ def newest_whole(run: Path) -> Path | None:
     return None
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Check a checkpoint's manifest and every tensor that it names.
+def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
+    """Read and check a checkpoint, or the `share`-th of `shares` parts of its files.
 
     Raises:
         ValueError, FileNotFoundError: saying what is damaged or missing.
     """
-    for file, entries in read_manifest(folder).files.items():
-        verify_tensors(folder / file, entries)
+    parts = open_parts(folder / MANIFEST)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(parts.verify_file, parts.part_files[share::shares]):
+            pass
 
 
 def condemned(run: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
@@ -108,7 +153,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _candidates(run: Path) -> list[Path]:
+def candidates_of(run: Path) -> list[Path]:
+    """A run's checkpoints in the order in which to try them: `latest`, then from the newest."""
     everything = list_checkpoints(run)
     latest = _named_latest(run)
     if latest is None or latest not in everything:
@@ -116,6 +162,14 @@ def _candidates(run: Path) -> list[Path]:
             log.warning("%s/%s names no checkpoint", checkpoints_of(run), LATEST)
         return everything
     return [latest, *(folder for folder in everything if folder != latest)]
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        verify_checkpoint(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _named_latest(run: Path) -> Path | None:

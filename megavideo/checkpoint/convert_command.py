@@ -21,7 +21,7 @@ FORMATS = ("megavideo", "run", "sat", "huggingface")
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Options that only some targets have a use for.
 USED_BY = {
-    "tp": ("megavideo", "sat"),
+    "tp": ("megavideo", "run", "sat"),
     "weights_only": ("megavideo",),
     "max_file_size": ("huggingface",),
 }
@@ -51,7 +51,7 @@ class FileSize(click.ParamType):
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Tensor-parallel ranks to cut for (megavideo, sat).",
+    help="Tensor-parallel ranks to cut for (megavideo, run, sat).",
 )
 @click.option(
     "--dtype",
@@ -154,7 +154,7 @@ def _writer(reader: Reader, target: str, tp: int, moments: bool, max_file_size: 
                 f"{reader.path} ({reader.format}) does not have; use --to megavideo and name the "
                 "result as recipe.base"
             )
-        return RunWriter(reader.training)
+        return RunWriter(tp, reader.training)
     if target == "megavideo":
         return ShardedWriter(tp, reader.training if moments else None)
     if target == "sat":

@@ -1,17 +1,29 @@
-"""Tensor files (safetensors) whose every tensor has a digest that is checked when it is read."""
+"""Digests of tensors, and safetensors files opened for reading."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.dtype.itemsize * prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,11 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     digest: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor without its values."""
+        return TensorSpec(getattr(torch, self.dtype), self.shape)
 
 
 def tensor_entry(tensor: Tensor) -> TensorEntry:
@@ -43,34 +60,6 @@ def combined_digest(entries: Mapping[str, TensorEntry]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """Write `tensors` to `path`, make it durable, and return what must be read back."""
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(held, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {name: tensor_entry(tensor) for name, tensor in held.items()}
-
-
-def read_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    """Read the tensors that `entries` promises, checking each.
-
-    Raises:
-        ValueError: naming the file and the tensor that is missing, unexpected or damaged.
-    """
-    return dict(_checked(path, entries))
-
-
-def verify_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Read and check the file one tensor at a time, in memory for the largest.
-
-    Raises:
-        ValueError: as `read_tensors`.
-    """
-    for _ in _checked(path, entries):
-        pass
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """The safetensors file at `path`, for `keys`, `get_tensor` and `get_slice`.
@@ -83,15 +72,3 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def _checked(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    with opened(path) as file:
-        if set(file.keys()) != set(entries):
-            odd = sorted(set(file.keys()) ^ set(entries))
-            raise ValueError(f"{path} is damaged: missing or unexpected tensors {odd}")
-        for name in entries:
-            tensor = file.get_tensor(name)
-            if tensor_entry(tensor) != entries[name]:
-                raise ValueError(f"{path} is damaged: {name} differs from its digest")
-            yield name, tensor

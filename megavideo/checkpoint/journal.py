@@ -56,7 +56,7 @@ class Journal:
         shutil.rmtree(self._notes)
 
     def _path(self, group: Group) -> Path:
-        return self._notes / f"{Path(group.files[0]).name}.json"
+        return self._notes / f"{group.files[0].replace('/', ' ')}.json"
 
 
 def file_digest(path: Path) -> str:

@@ -1,17 +1,19 @@
-"""A checkpoint's manifest: what it holds, checked against itself. Written last, as the commit."""
+"""A manifest says what a folder of parts holds, and is checked against itself. Written last."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from megavideo.checkpoint.files import TensorEntry
+from megavideo.checkpoint.tensor_stream import TensorSpec
 from megavideo.files import atomic_write
 
 MANIFEST = "manifest.json"
-FORMAT = "megavideo-checkpoint-1"
+FORMAT = "megavideo-parts-1"
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Everything about a checkpoint but its tensors' values.
+class Training:
+    """Where a training run stands.
 
     Attributes:
         config: the run's resolved configuration.
         data: fingerprint of the training data and its order.
-        base: digest of the frozen weights (a file in the run's `base/`); None if none are frozen.
+        base: digest of the frozen weights (a folder in the run's `base/`); None if none are frozen.
         loss_scaler: fp16's dynamic loss scale; None in other precisions.
-        files: file name -> tensor name -> what it must be.
     """
 
     progress: Progress
@@ -46,7 +47,6 @@ class Manifest:
     data: str
     base: str | None
     loss_scaler: dict[str, float] | None
-    files: dict[str, dict[str, TensorEntry]]
 
     @property
     def stage(self) -> str:
@@ -54,21 +54,68 @@ class Manifest:
         return self.config["recipe"]["stage"]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder`/manifest.json; it is whole or absent."""
-    write_sealed(folder / MANIFEST, FORMAT, asdict(manifest))
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a folder of parts but its tensors' values.
+
+    Attributes:
+        tp: tensor-parallel ranks that the tensors are cut for.
+        tensors: what the files hold together, by canonical name; parts.py says which where.
+        seals: file name -> its seal (part_file.py), by which any slice of it can be checked.
+        content: `combined_digest` of the whole tensors, whatever their cut: a base's name. None in
+            a checkpoint, whose writers hold parts only.
+        training: of a checkpoint, where the run stands; None for bare weights.
+    """
+
+    tp: int
+    tensors: dict[str, TensorSpec]
+    seals: dict[str, str]
+    content: str | None = None
+    training: Training | None = None
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `folder`/manifest.json.
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest to `path`; it is whole or absent, and makes the files beside it valid."""
+    tensors = {
+        name: {"dtype": str(spec.dtype).removeprefix("torch."), "shape": spec.shape}
+        for name, spec in sorted(manifest.tensors.items())
+    }
+    body = {
+        "tp": manifest.tp,
+        "tensors": tensors,
+        "seals": dict(sorted(manifest.seals.items())),
+        "content": manifest.content,
+        "training": manifest.training and asdict(manifest.training),
+    }
+    write_sealed(path, FORMAT, body)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check the manifest at `path`.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged or of another format.
     """
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {MANIFEST}")
-    return manifest_from_json(read_sealed(folder / MANIFEST, FORMAT))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}")
+    body = read_sealed(path, FORMAT)
+    tensors = {
+        name: TensorSpec(getattr(torch, spec["dtype"]), tuple(spec["shape"]))
+        for name, spec in body["tensors"].items()
+    }
+    training = None if body["training"] is None else _training(body["training"])
+    return Manifest(body["tp"], tensors, body["seals"], body["content"], training)
+
+
+def read_training(checkpoint: Path) -> Training:
+    """Where the run stood at the checkpoint in the folder `checkpoint`.
+
+    Raises: as `read_manifest`.
+    """
+    training = read_manifest(checkpoint / MANIFEST).training
+    assert training is not None, "a run's checkpoints say where it stood"
+    return training
 
 
 def write_sealed(path: Path, kind: str, body: dict[str, Any]) -> None:
@@ -93,14 +140,8 @@ def read_sealed(path: Path, kind: str) -> dict[str, Any]:
     if digest != _digest({"format": found, **body}):
         raise ValueError(f"{path} is damaged: it differs from its own digest")
     if found != kind:
-        raise ValueError(f"{path} has format {found!r}; this version reads {kind!r}")
+        raise ValueError(f"{path} has format {found!r}; this version reads only {kind!r}")
     return body
-
-
-def manifest_from_json(body: dict[str, Any]) -> Manifest:
-    """A manifest from the JSON of its `asdict`."""
-    files = {file: entries_from_json(entries) for file, entries in body["files"].items()}
-    return Manifest(**{**body, "files": files, "progress": Progress(**body["progress"])})
 
 
 def entries_from_json(body: dict[str, Any]) -> dict[str, TensorEntry]:
@@ -114,3 +155,7 @@ def entries_from_json(body: dict[str, Any]) -> dict[str, TensorEntry]:
 def _digest(body: dict[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _training(body: dict[str, Any]) -> Training:
+    return Training(**{**body, "progress": Progress(**body["progress"])})

@@ -2,16 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megavideo.checkpoint.files import opened, raw_bytes
+from megavideo.checkpoint.files import TensorSpec, opened, raw_bytes
 
 # The format's names of types (huggingface.co/docs/safetensors, "Format").
 DTYPES = {
@@ -23,19 +21,6 @@ DTYPES = {
     "I32": torch.int32,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor without its values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        return self.dtype.itemsize * prod(self.shape)
 
 
 def file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
@@ -54,7 +39,7 @@ def safetensors_writer(
     order = file_order(tensors)
     waiting = iter(order)
     with open(path, "wb") as file:
-        file.write(_header(order, tensors))
+        file.write(header_bytes(tensors))
 
         def write(name: str, tensor: Tensor) -> None:
             assert name == next(waiting), f"{name} is out of order"
@@ -83,12 +68,13 @@ def _spec(path: Path, name: str, part) -> TensorSpec:  # type: ignore[no-untyped
     return TensorSpec(DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
 
-def _header(order: Iterable[str], tensors: Mapping[str, TensorSpec]) -> bytes:
-    """Eight bytes of length, then JSON, filled with spaces up to a multiple of eight."""
+def header_bytes(tensors: Mapping[str, TensorSpec], **metadata: str) -> bytes:
+    """What a file starts with: eight bytes of length, then JSON, filled with spaces up to a
+    multiple of eight. The tensors follow in `file_order` without a gap."""
     # Readers of other libraries ask for this key before they take a file for PyTorch's.
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
-    for name in order:
+    for name in file_order(tensors):
         spec = tensors[name]
         entries[name] = {
             "dtype": DTYPE_NAMES[spec.dtype],

@@ -245,7 +245,15 @@ class RunConfig(Section):
     save_every: Natural = Field(
         1000, description="steps between checkpoints; 0 saves at the end only"
     )
-    keep_last: Count = Field(2, description="checkpoints that are kept")
+    async_save: bool = Field(
+        True,
+        description="train on while a checkpoint is written, from a copy in host memory (12 bytes "
+        "a trained parameter, shared by the ranks); false waits until it is committed",
+    )
+    keep_last: Count = Field(2, description="newest checkpoints that are kept")
+    keep_every: Natural = Field(
+        0, description="checkpoints whose step is a multiple of this are kept too; 0 keeps no more"
+    )
     timeout_minutes: Positive = Field(30.0, description="longest wait for another rank")
     peak_tflops: Annotated[float, Field(ge=0)] = Field(
         0.0, description="peak matrix TFLOP/s of one device, for MFU; 0 looks the GPU up by name"

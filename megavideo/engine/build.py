@@ -4,25 +4,26 @@ from pathlib import Path
 
 from torch import nn
 
-from megavideo.checkpoint.base import base_path, store_base
-from megavideo.checkpoint.commit import newest_whole
-from megavideo.checkpoint.files import read_tensors
-from megavideo.checkpoint.manifest import Manifest, Progress, read_manifest
-from megavideo.checkpoint.sources import OPTIMIZER, find_checkpoint, read_weights
+from megavideo.checkpoint.commit import candidates_of, first_whole, verify_checkpoint
+from megavideo.checkpoint.formats.run import RunReader
+from megavideo.checkpoint.manifest import Progress, Training, read_training
+from megavideo.checkpoint.sources import find_checkpoint
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
     deepspeed_config,
 )
 from megavideo.config.schema import Config, RecipeConfig
+from megavideo.engine.base import store_base
 from megavideo.engine.engine import Engine
 from megavideo.engine.frozen import FrozenWeights
 from megavideo.engine.home import SingleStageHome
 from megavideo.engine.objective import Objective
 from megavideo.engine.optimizer import build_optimizer, parameter_groups
+from megavideo.engine.part_plan import frozen_tensors
 from megavideo.engine.quiet import deepspeed, hushed
 from megavideo.engine.state import OptimizerState
-from megavideo.engine.weights import checkpoint_weights, new_model, start_weights
+from megavideo.engine.weights import DTYPES, checkpoint_weights, new_model, start_weights
 from megavideo.engine.world import World
 from megavideo.log import log
 from megavideo.model.build import canonical_parameters
@@ -39,12 +40,12 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
         ValueError: if layout, checkpoint, base or data do not fit; before any training.
     """
     world.from_rank_zero(lambda: check_layout(config, world.mesh.dp.size))
-    checkpoint = world.from_rank_zero(lambda: find_resume(config, data))
-    manifest = read_manifest(checkpoint) if checkpoint else None
+    checkpoint = find_resume(config, data, world)
+    training = read_training(checkpoint) if checkpoint else None
     model = new_model(config, world.device)
     parameters = canonical_parameters(model)
     if checkpoint:
-        world.first_on_rank_zero(lambda: checkpoint_weights(parameters, checkpoint))
+        world.together(lambda: checkpoint_weights(parameters, checkpoint))
     else:
         world.first_on_rank_zero(lambda: start_weights(parameters, config))
     home = _initialize(model, parameters, config, world)
@@ -53,17 +54,19 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     engine = Engine(
         home,
         home.objective.frames,
-        OptimizerState(home.optimizer, home.wrapper, trainable, world.device),
+        OptimizerState(home.optimizer, home.wrapper, trainable, world.mesh, world.device),
         FrozenWeights(parameters, world),
         config.recipe,
         world,
-        manifest.progress if manifest else Progress(),
+        training.progress if training else Progress(),
     )
-    if checkpoint and manifest:
-        _restore(engine, checkpoint, manifest)
+    if checkpoint and training:
+        _restore(engine, checkpoint, training)
     else:
         world.from_rank_zero(lambda: _check_same_base(engine, config.recipe))
-    _keep_base(engine, Path(config.run.directory))
+    log.info("frozen weights: %s", engine.frozen.digest)
+    dtype = DTYPES[config.recipe.precision]
+    store_base(engine.frozen, frozen_tensors(config, dtype), Path(config.run.directory))
     return engine
 
 
@@ -74,24 +77,37 @@ def check_layout(config: Config, dp_size: int) -> None:
     check_precision(config.recipe, config.parallel, bool(accelerator.is_fp16_supported()))
 
 
-def find_resume(config: Config, data: str) -> Path | None:
+def find_resume(config: Config, data: str, world: World) -> Path | None:
     """The checkpoint in run.directory to go on from, None if there is none.
 
+    All ranks read and check it together, each some files.
+
     Raises:
-        ValueError: if it belongs to another stage, optimizer or data set.
+        ValueError: if all are damaged, or it belongs to another stage, optimizer or data set.
     """
+
+    def problem(checkpoint: Path) -> str | None:
+        return world.problem(lambda: verify_checkpoint(checkpoint, world.rank, world.size))
+
+    found: list[Path | None] = []
     run = Path(config.run.directory)
-    checkpoint = newest_whole(run)
-    if checkpoint is None:
-        return None
-    manifest = read_manifest(checkpoint)
-    if manifest.data != data:
+    candidates = world.from_rank_zero(lambda: candidates_of(run))
+    world.together(lambda: found.append(first_whole(run, candidates, problem)))
+    (checkpoint,) = found
+    if checkpoint is not None:
+        world.from_rank_zero(lambda: _check_same_run(checkpoint, config, data))
+    return checkpoint
+
+
+def _check_same_run(checkpoint: Path, config: Config, data: str) -> None:
+    training = read_training(checkpoint)
+    if training.data != data:
         raise ValueError(
             f"{checkpoint} was trained on other data, or in another order (fingerprint "
-            f"{manifest.data}, now {data}); give back data.train and recipe.seed, or choose "
+            f"{training.data}, now {data}); give back data.train and recipe.seed, or choose "
             "another run.directory"
         )
-    before = manifest.config["recipe"]
+    before = training.config["recipe"]
     now = config.recipe
     for key, was, wanted in (
         ("recipe.stage", before["stage"], now.stage),
@@ -102,7 +118,6 @@ def find_resume(config: Config, data: str) -> Path | None:
                 f"{checkpoint} was trained with {key}={was}, not {wanted}; choose another "
                 "run.directory"
             )
-    return checkpoint
 
 
 def _initialize(
@@ -121,17 +136,17 @@ def _initialize(
     return SingleStageHome(engine, objective, config.recipe.optimizer.clip, world)
 
 
-def _restore(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
-    moments = read_tensors(checkpoint / OPTIMIZER, manifest.files[OPTIMIZER])
-    engine.state.restore(read_weights(checkpoint), moments, manifest.progress.updates)
-    for name, value in (manifest.loss_scaler or {}).items():
+def _restore(engine: Engine, checkpoint: Path, training: Training) -> None:
+    reader = RunReader(checkpoint)
+    engine.world.together(lambda: engine.state.restore(reader, training.progress.updates))
+    for name, value in (training.loss_scaler or {}).items():
         setattr(engine.loss_scaler, name, value)
-    if engine.frozen.digest != manifest.base:
+    if engine.frozen.digest != training.base:
         raise ValueError(
-            f"{checkpoint} was trained over the frozen base {manifest.base}, but this run's is "
+            f"{checkpoint} was trained over the frozen base {training.base}, but this run's is "
             f"{engine.frozen.digest}; go on with the precision that it was trained in"
         )
-    log.info("resumed %s at step %d", checkpoint, manifest.progress.step)
+    log.info("resumed %s at step %d", checkpoint, training.progress.step)
 
 
 def _check_same_base(engine: Engine, recipe: RecipeConfig) -> None:
@@ -143,7 +158,7 @@ def _check_same_base(engine: Engine, recipe: RecipeConfig) -> None:
         return
     checkpoint = find_checkpoint(Path(recipe.start_from))
     assert checkpoint is not None, "its weights were read before"
-    start = read_manifest(checkpoint)
+    start = read_training(checkpoint)
     if (
         start.config["recipe"]["precision"] == recipe.precision
         and start.base != engine.frozen.digest
@@ -153,14 +168,3 @@ def _check_same_base(engine: Engine, recipe: RecipeConfig) -> None:
             f"but recipe.base={recipe.base} gives {engine.frozen.digest}; name the base that it "
             f"was trained with, or the run itself: recipe.base={recipe.start_from}"
         )
-
-
-def _keep_base(engine: Engine, run: Path) -> None:
-    """Store the frozen weights in the run's folder, unless an earlier start did."""
-    digest = engine.frozen.digest
-    if digest is None:
-        return
-    log.info("frozen weights: %s", digest)
-    if not engine.world.from_rank_zero(base_path(run, digest).exists):
-        tensors = engine.frozen.gather()
-        engine.world.from_rank_zero(lambda: store_base(run, tensors, digest))

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megavideo.checkpoint.formats.interface import MOMENTS, Source, is_moment, parameter_of
+from megavideo.parallel.mesh import Mesh
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -41,7 +44,7 @@ class OptimizerState:
     Args:
         optimizer: the torch optimizer inside DeepSpeed's.
         wrapper: DeepSpeed's optimizer; the same object with ZeRO 0.
-        parameters: the trainable parameters by canonical name.
+        parameters: this rank's trainable parameters by canonical name.
         device: where collectives take their tensors.
     """
 
@@ -50,47 +53,75 @@ class OptimizerState:
         optimizer: torch.optim.Optimizer,
         wrapper: Any,
         parameters: Mapping[str, nn.Parameter],
+        mesh: Mesh,
         device: torch.device,
     ):
         self._optimizer = optimizer
+        self._mesh = mesh
         self._device = device
-        self._cut_over_ranks = wrapper is not optimizer
+        self._cut_over_replicas = wrapper is not optimizer
         self._shapes = {name: full_shape(p) for name, p in parameters.items()}
         self._fragments = {
-            name: _fragment(p, optimizer, wrapper) for name, p in sorted(parameters.items())
+            name: _fragment(p, optimizer, wrapper, mesh.dp.rank)
+            for name, p in sorted(parameters.items())
         }
+
+    @property
+    def names(self) -> set[str]:
+        """Weights and moments that this rank has a part of, or shares with other replicas."""
+        moments = {f"{name}{moment}" for name in self._shapes for moment in self.moments}
+        return self._shapes.keys() | moments
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Suffixes of the optimizer's moments."""
+        return () if isinstance(self._optimizer, torch.optim.SGD) else MOMENTS
+
+    def part(self, name: str, owner: int) -> Tensor | None:
+        """This tensor-parallel rank's part of the weight or moment `name`, float32.
+
+        All replicas call it, for the same names in the same order; memory is needed for one part.
+
+        Args:
+            owner: the data-parallel rank that gets it; the others get None.
+        """
+        dp = self._mesh.dp
+        if dp.rank != owner and not self._cut_over_replicas:
+            return None
+        part = self._padded_with_zeros(name)
+        if dp.size > 1 and self._cut_over_replicas:
+            # As integers, the sum with zeros keeps every bit, the sign of -0.0 too.
+            dist.reduce(part.view(torch.int32), dst=dp.ranks[owner], group=dp.group)
+        return part.view(self._shapes[parameter_of(name)]) if dp.rank == owner else None
 
     def gather_weights(self) -> dict[str, Tensor]:
         """Float32 weights in parameter shape, on rank 0, empty elsewhere. All ranks call it."""
-        return self._gather(None)
+        return self._gather(sorted(self._shapes))
 
     def gather_moments(self) -> dict[str, Tensor]:
         """`NAME.exp_avg` and the like in parameter shape, on rank 0; empty elsewhere."""
-        moments: dict[str, Tensor] = {}
-        for key in self._moment_names():
-            moments |= {f"{name}.{key}": t for name, t in self._gather(key).items()}
-        return moments
+        return self._gather(sorted(name for name in self.names if is_moment(name)))
 
-    def restore(
-        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], updates: int
-    ) -> None:
-        """Set master weights and moments to what `gather_*` gave after `updates` updates.
+    def restore(self, source: Source, updates: int) -> None:
+        """Set master weights and moments to those of a checkpoint after `updates` updates.
 
-        The parameters that the forward pass reads must hold these weights already.
+        Only what this rank holds is read. The parameters that the forward pass reads must hold the
+        checkpoint's weights already.
         """
         for name, fragment in self._present():
-            fragment.of(fragment.flat).copy_(_cut(weights[name], fragment))
-        if updates and self._moment_names():
-            self._restore_moments(moments)
+            self._read(source, name, fragment, fragment.flat)
+        if updates and self.moments:
+            self._restore_moments(source)
             self._set_updates(updates)
 
-    def _restore_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def _restore_moments(self, source: Source) -> None:
         for name, fragment in self._present():
             state = self._state(fragment)
-            for key in self._moment_names():
+            for moment in self.moments:
+                key = moment.removeprefix(".")
                 if key not in state:  # the first fragment of this flat tensor
                     state[key] = torch.zeros_like(fragment.flat)
-                fragment.of(state[key]).copy_(_cut(moments[f"{name}.{key}"], fragment))
+                self._read(source, name + moment, fragment, state[key])
 
     def _set_updates(self, updates: int) -> None:
         """Adam's bias correction counts updates: torch's per flat tensor, apex's per group."""
@@ -102,22 +133,28 @@ class OptimizerState:
             count = torch.tensor(float(updates), device=fragment.flat.device)
             self._state(fragment)["step"] = count
 
-    def _gather(self, key: str | None) -> dict[str, Tensor]:
-        gathered = {}
-        for name, fragment in self._fragments.items():
-            whole = self._whole(name, fragment, key)
-            if self._cut_over_ranks:
-                # As integers, the sum with zeros keeps every bit, the sign of -0.0 too.
-                dist.reduce(whole.view(torch.int32), dst=0)
-            if dist.get_rank() == 0:
-                gathered[name] = whole.view(self._shapes[name]).cpu()
-        return gathered
+    def _read(self, source: Source, name: str, fragment: Fragment, flat: Tensor) -> None:
+        """Fill the fragment's elements of `flat` from the rows of `name` that they lie in."""
+        rows = self._shapes[parameter_of(name)]
+        width = rows[1:].numel()
+        first, last = fragment.start // width, -(-(fragment.start + fragment.count) // width)
+        tp = self._mesh.tp
+        values = source.read_part(name, tp.rank, tp.size, first, last).reshape(-1)
+        values = values[fragment.start - first * width :][: fragment.count]
+        fragment.of(flat).copy_(values)
 
-    def _whole(self, name: str, fragment: Fragment | None, key: str | None) -> Tensor:
-        """The parameter's full length, zero but for this rank's fragment."""
-        whole = torch.zeros(self._shapes[name].numel(), device=self._device)
+    def _gather(self, names: list[str]) -> dict[str, Tensor]:
+        parts = {name: self.part(name, 0) for name in names}
+        return {name: part.cpu() for name, part in parts.items() if part is not None}
+
+    def _padded_with_zeros(self, name: str) -> Tensor:
+        """The part's full length, zero but for this rank's fragment."""
+        parameter = parameter_of(name)
+        fragment = self._fragments[parameter]
+        whole = torch.zeros(self._shapes[parameter].numel(), device=self._device)
         if fragment is not None:
-            source = fragment.flat if key is None else self._state(fragment).get(key)
+            key = name.removeprefix(f"{parameter}.")
+            source = fragment.flat if name == parameter else self._state(fragment).get(key)
             if source is not None:
                 whole.narrow(0, fragment.start, fragment.count).copy_(fragment.of(source))
         return whole
@@ -128,9 +165,6 @@ class OptimizerState:
     def _state(self, fragment: Fragment) -> dict[str, Tensor]:
         return self._optimizer.state[fragment.flat]
 
-    def _moment_names(self) -> tuple[str, ...]:
-        return () if isinstance(self._optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
-
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's whole shape, also where ZeRO 3 has taken its values away."""
@@ -138,13 +172,13 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _fragment(
-    parameter: nn.Parameter, optimizer: torch.optim.Optimizer, wrapper: Any
+    parameter: nn.Parameter, optimizer: torch.optim.Optimizer, wrapper: Any, replica: int
 ) -> Fragment | None:
     """Where this rank's part of `parameter` lies; None if all of it is on other ranks."""
     if wrapper is optimizer:
         return Fragment(parameter, 0, 0, parameter.numel())
     if hasattr(parameter, "ds_id"):
-        return _zero3_fragment(parameter, wrapper)
+        return _zero3_fragment(parameter, wrapper, replica)
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
@@ -153,14 +187,10 @@ def _fragment(
     return Fragment(flat, master.start, param.start, param.numel)
 
 
-def _zero3_fragment(parameter: Any, wrapper: Any) -> Fragment | None:
+def _zero3_fragment(parameter: Any, wrapper: Any, replica: int) -> Fragment | None:
     group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-    start = dist.get_rank() * length
+    start = replica * length
     count = min(length, parameter.ds_numel - start)  # the last ranks' parts are padded
     if count <= 0:
         return None
     return Fragment(wrapper.fp32_partitioned_groups_flat[group], offset, start, count)
-
-
-def _cut(whole: Tensor, fragment: Fragment) -> Tensor:
-    return whole.reshape(-1).narrow(0, fragment.start, fragment.count)

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from megavideo.checkpoint.sources import read_base, read_frozen, read_start, read_weights
+from megavideo.checkpoint.formats.interface import Selection, Source, is_moment
+from megavideo.checkpoint.formats.run import RunReader
+from megavideo.checkpoint.sources import open_base_weights, open_start_weights
 from megavideo.config.schema import Config
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.execution import DTYPES
@@ -30,18 +32,19 @@ def start_weights(parameters: Mapping[str, nn.Parameter], config: Config) -> Non
     initialise(parameters, config.model, recipe.seed)
     if recipe.base is not None:
         base = _subset(parameters, recipe.stage, trainable=False)
-        load_tensors(base, read_base(Path(recipe.base)), f"recipe.base={recipe.base}")
+        load_tensors(base, open_base_weights(Path(recipe.base)), f"recipe.base={recipe.base}")
         inherit(parameters, config.model)
     if recipe.start_from is not None:
         channel = _subset(parameters, recipe.stage, trainable=True)
         source = f"recipe.start_from={recipe.start_from}"
-        load_tensors(channel, read_start(Path(recipe.start_from)), source)
+        load_tensors(channel, open_start_weights(Path(recipe.start_from)), source)
 
 
 def checkpoint_weights(parameters: Mapping[str, nn.Parameter], checkpoint: Path) -> None:
     """Set all weights to a checkpoint's: what it trained, and the frozen base that it refers to."""
-    tensors = {**read_frozen(checkpoint), **read_weights(checkpoint)}
-    load_tensors(parameters, tensors, str(checkpoint))
+    reader = RunReader(checkpoint)
+    weights = Selection(reader, (name for name in reader.tensors if not is_moment(name)))
+    load_tensors(parameters, weights, str(checkpoint))
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> nn.Sequential:
@@ -51,25 +54,28 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> nn.Seq
     return model.to(DTYPES[config.recipe.precision]).eval()
 
 
-def load_tensors(
-    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: str
-) -> None:
-    """Copy `tensors` into `parameters`, which must match in names and shapes.
+def load_tensors(parameters: Mapping[str, nn.Parameter], source: Source, what: str) -> None:
+    """Read every parameter from `source`, one at a time; names and shapes must match.
+
+    Args:
+        what: the source's name for people.
 
     Raises:
-        ValueError: listing everything that is missing, unexpected or of another shape.
+        ValueError: listing everything that is missing, unexpected or of another shape; if the
+            source is damaged.
     """
-    problems = [f"missing {name}" for name in sorted(parameters.keys() - tensors.keys())]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - parameters.keys())]
-    for name in sorted(parameters.keys() & tensors.keys()):
-        have, want = tuple(tensors[name].shape), tuple(parameters[name].shape)
-        if have != want:
-            problems.append(f"{name} has shape {list(have)}, this model needs {list(want)}")
+    have, want = source.tensors, {name: tuple(p.shape) for name, p in parameters.items()}
+    problems = [f"missing {name}" for name in sorted(want.keys() - have.keys())]
+    problems += [f"unexpected {name}" for name in sorted(have.keys() - want.keys())]
+    for name in sorted(want.keys() & have.keys()):
+        if have[name].shape != want[name]:
+            shapes = f"{list(have[name].shape)}, this model needs {list(want[name])}"
+            problems.append(f"{name} has shape {shapes}")
     if problems:
-        raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}")
+        raise ValueError(f"{what} does not fit this model: {'; '.join(problems)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(source.read(name))
 
 
 def _subset(

@@ -41,6 +41,35 @@ class World:
         dist.all_reduce(flags)
         return bool(flags > 0)
 
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on all ranks."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def problem(self, function: Callable[[], object]) -> str | None:
+        """Call `function` on every rank; what went wrong on the first that failed, told to all."""
+        mine = None
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            mine = str(error)
+        problems = [text for text in self.gathered(mine) if text is not None]
+        return problems[0] if problems else None
+
+    def together(self, function: Callable[[], object]) -> None:
+        """Call `function` on every rank.
+
+        Raises:
+            ValueError: on rank 0, if it failed on any. That ends the world, as in `from_rank_zero`.
+        """
+        problem = self.problem(function)
+        if problem is not None:
+            self._end()
+            if self.rank == 0:
+                raise ValueError(problem)
+            sys.exit(2)
+
     def from_rank_zero(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 only and give its result to every rank.
 
@@ -57,8 +86,8 @@ class World:
                 error = caught
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         succeeded, result = outcome[0]
-        if not succeeded and self.size > 1:
-            dist.destroy_process_group()  # left alone, gloo's threads sometimes abort the exit
+        if not succeeded:
+            self._end()
         if error is not None:
             raise error
         if not succeeded:
@@ -72,6 +101,11 @@ class World:
         own: list[T] = []
         self.from_rank_zero(lambda: own.append(function()))
         return own[0] if own else function()
+
+    def _end(self) -> None:
+        """Leave the others, before an exit that they all know of."""
+        if self.size > 1:
+            dist.destroy_process_group()  # left alone, gloo's threads sometimes abort the exit
 
 
 def join_world(timeout_minutes: float, parallel: ParallelConfig | None = None) -> World:

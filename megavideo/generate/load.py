@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from megavideo.checkpoint.manifest import MANIFEST, read_manifest
+from megavideo.checkpoint.manifest import MANIFEST, read_training
 from megavideo.checkpoint.sources import find_checkpoint
 from megavideo.config.schema import Config, ParallelConfig
 from megavideo.data.text_tokenizer import TextTokenizer
@@ -27,7 +27,7 @@ def open_checkpoint(path: Path, stage: str) -> tuple[Path, Config]:
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path} holds no checkpoint")
-    config = Config.model_validate_json(json.dumps(read_manifest(checkpoint).config))
+    config = Config.model_validate_json(json.dumps(read_training(checkpoint).config))
     if config.recipe.stage != stage:
         raise ValueError(
             f"{path} was trained as stage {config.recipe.stage}; a checkpoint of stage {stage} is "
@@ -37,7 +37,7 @@ def open_checkpoint(path: Path, stage: str) -> tuple[Path, Config]:
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
-    """XXH3-128 of its manifest, which holds the digest of every tensor."""
+    """XXH3-128 of its manifest, which seals every file of it and names the base."""
     return xxhash.xxh3_128_hexdigest((checkpoint / MANIFEST).read_bytes())
 
 

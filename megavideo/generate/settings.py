@@ -7,7 +7,7 @@ from typing import Any
 
 import xxhash
 
-from megavideo.checkpoint.sources import run_of
+from megavideo.checkpoint.commit import run_of
 from megavideo.config.schema import Config
 from megavideo.generate.load import checkpoint_digest, open_checkpoint
 from megavideo.generate.pipeline import Drawing

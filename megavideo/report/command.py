@@ -63,7 +63,7 @@ def _figures(runs: Sequence[FinishedRun]) -> str:
         [
             run.name,
             run.config.recipe.stage,
-            f"{run.manifest.progress.step}",
+            f"{run.training.progress.step}",
             f"{run.last('loss'):.3f}",
             f"{run.typical('tokens_per_s'):,.0f}",
             f"{run.typical('clips_per_s'):.1f}",
@@ -116,7 +116,7 @@ def _captions(runs: Sequence[FinishedRun]) -> str:
 def _frozen(runs: Sequence[FinishedRun]) -> str:
     rows = []
     for run in runs:
-        before, after = run.base_digest_before(), run.manifest.base
+        before, after = run.base_digest_before(), run.training.base
         if before is not None:
             verdict = "equal" if before == after else "**CHANGED**"
             rows.append([run.name, f"`{before}`", f"`{after}`", verdict])

@@ -6,10 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megavideo.checkpoint.base import describe
-from megavideo.checkpoint.files import combined_digest
-from megavideo.checkpoint.manifest import Manifest, read_manifest
-from megavideo.checkpoint.sources import find_checkpoint, read_base
+from megavideo.checkpoint.files import combined_digest, tensor_entry
+from megavideo.checkpoint.manifest import Training, read_training
+from megavideo.checkpoint.sources import find_checkpoint, open_base_weights
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
 from megavideo.model.execution import DTYPES
@@ -29,7 +28,7 @@ class FinishedRun:
     config: Config
     rows: list[Row]
     checkpoint: Path
-    manifest: Manifest
+    training: Training
     evaluations: dict[str, dict[str, Any]]
 
     @property
@@ -60,8 +59,8 @@ class FinishedRun:
         if self.config.recipe.base is None:
             return None
         dtype = DTYPES[self.config.recipe.precision]
-        tensors = read_base(Path(self.config.recipe.base))
-        return combined_digest(describe({name: t.to(dtype) for name, t in tensors.items()}))
+        base = open_base_weights(Path(self.config.recipe.base))
+        return combined_digest({n: tensor_entry(base.read(n).to(dtype)) for n in base.tensors})
 
 
 def open_run(folder: Path) -> FinishedRun:
@@ -81,6 +80,6 @@ def open_run(folder: Path) -> FinishedRun:
         load_config([folder / "config.yaml"]),
         read_rows(folder),
         checkpoint,
-        read_manifest(checkpoint),
+        read_training(checkpoint),
         {evaluation["captions"]: evaluation for evaluation in found},
     )

@@ -1,7 +1,7 @@
 """A super-resolution model on disk: ours, or one that CogView2 published.
 
 Ours is a folder: `superres.json`, sealed and written last, `weights.safetensors` with what training
-changed, and `base/`, the frozen weights under their digest.
+changed, and `base/`, the frozen weights under their digest. Both are sealed files (part_file.py).
 """
 
 import json
@@ -15,14 +15,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from megavideo.checkpoint.base import describe, load_base, store_base
-from megavideo.checkpoint.files import (
-    combined_digest,
-    read_tensors,
-    write_tensors,
-)
+from megavideo.checkpoint.files import combined_digest, tensor_entry
 from megavideo.checkpoint.formats.sat import is_sat, read_sat
-from megavideo.checkpoint.manifest import entries_from_json, read_sealed, write_sealed
+from megavideo.checkpoint.manifest import read_sealed, write_sealed
+from megavideo.checkpoint.part_file import read_part_file, seal_of, write_part_file
 from megavideo.files import atomic_path
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
@@ -50,15 +46,17 @@ def save(folder: Path, model: DirectSuperResolution, origin: Origin) -> None:
     """Write `model`: its trainable weights, and once, by content, the frozen ones."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    base = combined_digest(describe(frozen))
-    store_base(folder, frozen, base)
+    base = combined_digest({name: tensor_entry(tensor) for name, tensor in frozen.items()})
+    if not _base(folder, base).exists():
+        with atomic_path(_base(folder, base)) as temporary:
+            write_part_file(temporary, frozen)
     with atomic_path(folder / WEIGHTS) as temporary:
-        entries = write_tensors(temporary, trained)
+        seal = write_part_file(temporary, trained)
     body = {
         "config": model.config.model_dump(),
         "origin": asdict(origin),
         "base": base,
-        "tensors": {name: asdict(entry) for name, entry in entries.items()},
+        "seals": {"base": seal_of(_base(folder, base)), "weights": seal},
     }
     write_sealed(folder / MANIFEST, FORMAT, body)
 
@@ -95,9 +93,14 @@ def origin_of(path: Path) -> Origin | None:
 
 def _read_own(path: Path) -> tuple[Config, dict[str, Tensor]]:
     body = read_sealed(path / MANIFEST, FORMAT)
-    trained = read_tensors(path / WEIGHTS, entries_from_json(body["tensors"]))
+    trained = read_part_file(path / WEIGHTS, body["seals"]["weights"])
+    frozen = read_part_file(_base(path, body["base"]), body["seals"]["base"])
     config: Config = TypeAdapter(Config).validate_python(body["config"])
-    return config, {**load_base(path, body["base"]), **trained}
+    return config, {**frozen, **trained}
+
+
+def _base(folder: Path, digest: str) -> Path:
+    return folder / "base" / f"{digest}.safetensors"
 
 
 def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:

@@ -7,8 +7,8 @@ import click
 import numpy as np
 import torch
 
-from megavideo.checkpoint.manifest import read_manifest
-from megavideo.checkpoint.sources import find_checkpoint, read_base
+from megavideo.checkpoint.manifest import read_training
+from megavideo.checkpoint.sources import find_checkpoint, open_base_weights
 from megavideo.config.schema import ModelConfig
 from megavideo.data.captions import read_captions
 from megavideo.data.image_tokenizer import ImageTokenizer
@@ -133,7 +133,8 @@ def main(
     side = config.coarse_side * image.config.compress_rate
     reading = Reading(side, FACTOR * side, fps, frames_per_video, seed)
     train, held_out = _load(captions, videos, holdout, reading, image, text, workers)
-    model = new_model(config, read_base(base), seed)
+    weights = open_base_weights(base)
+    model = new_model(config, {name: weights.read(name) for name in weights.tensors}, seed)
     trainer = DirectTrainer(
         model, Training(steps, batch, learning_rate, seed), torch.device(device)
     )
@@ -197,7 +198,7 @@ def _model_of(base: Path) -> ModelConfig:
     checkpoint = find_checkpoint(base)
     if checkpoint is None:
         raise ValueError(f"--base {base} is no run of `megavideo train`, which says its sizes")
-    return ModelConfig.model_validate(read_manifest(checkpoint).config["model"])
+    return ModelConfig.model_validate(read_training(checkpoint).config["model"])
 
 
 def _check_tokenizers(config: DirectConfig, image: ImageTokenizer, text: TextTokenizer) -> None:

@@ -17,6 +17,7 @@ from megavideo.config.schema import Config
 from megavideo.data.batch import BatchStream, open_stream
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed, rank_lost
+from megavideo.engine.snapshot import Saver
 from megavideo.engine.weights import new_model
 from megavideo.engine.world import World, join_world
 from megavideo.files import atomic_write
@@ -117,7 +118,8 @@ def describe(config: Config, world_size: int) -> str:
             f"work         {flops / 1e12:,.3f} TFLOP a step, "
             f"{flops * recipe.steps:.2e} FLOP in all",
             f"checkpoints  {_saves(config)} in {checkpoints_of(Path(config.run.directory))}, "
-            f"the newest {config.run.keep_last} kept",
+            f"the newest {config.run.keep_last} kept"
+            + (f", and every {config.run.keep_every:,}th step" if config.run.keep_every else ""),
         )
     )
 
@@ -148,7 +150,8 @@ def _open_run(config: Config, world: World) -> Run:
     if step >= config.recipe.steps:
         log.info("nothing to do: step %d of recipe.steps=%d is done", step, config.recipe.steps)
     recorder = Recorder(config, engine.loss_frames, world.rank, world.size, step)
-    return Run(config, engine, training, validation, recorder, saved_step=step)
+    saver = Saver(engine, config, training.fingerprint)
+    return Run(config, engine, training, validation, recorder, saver, step, step)
 
 
 def _keep_config(config: Config) -> None:

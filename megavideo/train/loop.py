@@ -1,17 +1,22 @@
 """The training loop: steps, and what is due between them."""
 
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
 from megavideo.config.schema import Config
-from megavideo.data.batch import BatchStream
+from megavideo.data.batch import Batch, BatchStream
 from megavideo.engine.engine import Engine, StepResult
 from megavideo.engine.errors import RunFailed
-from megavideo.engine.snapshot import save_checkpoint
+from megavideo.engine.snapshot import Saved, Saver
 from megavideo.log import log, progress
 from megavideo.train.evaluate import held_out_loss
 from megavideo.train.record import Recorder
 from megavideo.train.stop import StopRequest, stop_on_signals
+
+# So many saves in a row may fail before a run stops: weights in memory are worth more than a clean
+# stop while somebody may still make room, but not to train on for days without a checkpoint.
+FAILED_SAVES = 3
 
 
 @dataclass
@@ -20,7 +25,10 @@ class Run:
 
     Attributes:
         training, validation: the streams; without `validation` nothing is evaluated.
+        saver: its checkpoints.
         saved_step: the newest checkpoint's.
+        save_tried: the step of the newest that was begun.
+        failed_saves: in a row.
         diverging_steps: skipped in a row because loss or gradient was not finite.
     """
 
@@ -29,7 +37,10 @@ class Run:
     training: BatchStream
     validation: BatchStream | None
     recorder: Recorder
+    saver: Saver
     saved_step: int
+    save_tried: int
+    failed_saves: int = 0
     diverging_steps: int = 0
 
     @property
@@ -42,28 +53,43 @@ def train(run: Run) -> None:
     """Train until recipe.steps or a signal, then save.
 
     Raises:
-        RunFailed: if the loss stays without a finite value, or a frozen weight changed.
+        RunFailed: if the loss stays without a finite value, a frozen weight changed, or the last
+            checkpoint could not be written.
     """
-    engine, steps = run.engine, run.config.recipe.steps
-    replica = engine.world.mesh.dp
+    replica = run.engine.world.mesh.dp
     batches = run.training.micro_batches(
-        engine.progress.consumed_samples, replica.rank, replica.size
+        run.engine.progress.consumed_samples, replica.rank, replica.size
     )
     with (
-        closing(run.recorder) as recorder,
+        closing(run.recorder),
         closing(batches),  # type: ignore[type-var]  # a generator: closing it stops its threads
         stop_on_signals() as stop,
-        progress("training", steps) as advance,
+        progress("training", run.config.recipe.steps) as advance,
     ):
         advance(run.step)
-        while run.step < steps and not _stop_requested(run, stop):
-            result = engine.train_batch(batches)
-            recorder.add(result)
-            advance(note=_note(result))
-            _check_divergence(run, result)
-            _do_what_is_due(run)
-        if run.saved_step != run.step:
+        try:
+            _train_steps(run, batches, stop, advance)
+        except RunFailed:  # which all ranks raise alike
+            _note_saved(run, run.saver.finish())
+            raise
+        if run.save_tried != run.step:
             _save(run)
+        _note_saved(run, run.saver.finish())
+        if run.failed_saves:
+            raise _unsaved(run)
+
+
+def _train_steps(
+    run: Run, batches: Iterator[Batch], stop: StopRequest, advance: Callable[..., None]
+) -> None:
+    while run.step < run.config.recipe.steps and not _stop_requested(run, stop):
+        result = run.engine.train_batch(batches)
+        run.recorder.add(result)
+        advance(note=_note(result))
+        _check_divergence(run, result)
+        with run.recorder.paused():
+            _note_saved(run, run.saver.poll())
+        _do_what_is_due(run)
 
 
 def _stop_requested(run: Run, stop: StopRequest) -> bool:
@@ -121,8 +147,38 @@ def _evaluate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
-    save_checkpoint(run.engine, run.config, run.training.fingerprint)
-    run.saved_step = run.step
+    """Save, in the background if run.async_save; one save waits for the one before."""
+    _note_saved(run, run.saver.finish())
+    run.save_tried = run.step
+    run.saver.save()
+    if not run.config.run.async_save:
+        _note_saved(run, run.saver.finish())
+
+
+def _note_saved(run: Run, saved: Saved | None) -> None:
+    """Write down how a save ended; one that failed is tried again when the next is due.
+
+    Raises:
+        RunFailed: if several in a row failed.
+    """
+    if saved is None:
+        return
+    run.recorder.write_saved(run.step, saved)
+    if saved.problem is None:
+        run.saved_step, run.failed_saves = saved.step, 0
+        return
+    run.failed_saves += 1
+    if run.engine.world.rank == 0:
+        log.error("step %d was NOT saved: %s", saved.step, saved.problem)
+    if run.failed_saves == FAILED_SAVES:
+        raise _unsaved(run)
+
+
+def _unsaved(run: Run) -> RunFailed:
+    return RunFailed(
+        f"step {run.save_tried} could not be saved, for the reason above. The newest checkpoint is "
+        f"step {run.saved_step}: run it again to go on from there"
+    )
 
 
 def _note(result: StepResult) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megavideo.config.schema import Config
 from megavideo.engine.engine import StepResult
+from megavideo.engine.snapshot import Saved
+from megavideo.log import log
 from megavideo.train.evaluate import HeldOut
 from megavideo.train.metrics import Metrics, Row, by_frame
 from megavideo.train.speed import Speed, peak_memory_gib
@@ -52,6 +54,14 @@ class Recorder:
         if self._metrics:
             frames = by_frame("held_out_loss", self._frames, held_out.frame_losses)
             self._metrics.write(step, {"held_out_loss": held_out.loss, **frames})
+
+    def write_saved(self, step: int, saved: Saved) -> None:
+        """Write a row about a checkpoint, as of the step at which it was committed."""
+        if self._metrics and saved.problem is None:
+            times = {"save_stall_s": saved.stall_s, "save_write_s": saved.write_s}
+            self._metrics.write(step, {"saved_step": saved.step, **times})
+            told = "saved step %d: %.2f s of training lost, %.2f s of writing"
+            log.info(told, saved.step, saved.stall_s, saved.write_s)
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megavideo.checkpoint.commit import list_checkpoints
-from megavideo.checkpoint.manifest import read_manifest
+from megavideo.checkpoint.manifest import MANIFEST, read_manifest
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.snapshot import save_checkpoint
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_redone_from_the_one_before(world: World, tmp_pa
     for _ in range(2):
         engine.train_batch(batches)
         save_checkpoint(engine, settings, FINGERPRINT)
-    moments = list_checkpoints(tmp_path)[0] / "optimizer.safetensors"
+    moments = list_checkpoints(tmp_path)[0] / "optimizer.layers.1.tp-00-of-01.safetensors"
     content = bytearray(moments.read_bytes())
     content[-5] ^= 16
     moments.write_bytes(content)
@@ -95,7 +95,7 @@ def test_a_changed_frozen_weight_is_caught_before_saving(world: World, tmp_path:
     name = "layers.1.mlp.up.weight"
     with torch.no_grad():
         canonical_parameters(engine._home.module)[name].view(-1)[7] += 1e-3
-    with pytest.raises(RunFailed, match=f"changed during training: {name}"):
+    with pytest.raises(RunFailed, match=f"changed during training: {name} on rank 0"):
         save_checkpoint(engine, settings, FINGERPRINT)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000000"]
 
@@ -110,7 +110,7 @@ def test_stages_hand_over_base_and_temporal_channel(world: World, tmp_path: Path
 
     keyframes = config(first, {"base": str(base)})
     engine = build_engine(keyframes, world, FINGERPRINT)
-    frozen = engine.frozen.gather()
+    frozen = dict(engine.frozen.parts(engine.frozen.names))
     assert all(torch.equal(tensor, trained[name]) for name, tensor in frozen.items())
     inherited = engine.state.gather_weights()["layers.0.attention.temporal.qkv.weight"]
     assert torch.equal(inherited, trained["layers.0.attention.spatial.qkv.weight"])
@@ -142,12 +142,11 @@ def test_the_manifest_says_where_the_run_stands(world: World, tmp_path: Path) ->
     engine = build_engine(settings, world, FINGERPRINT)
     engine.train_batch(micro_batches(0))
     save_checkpoint(engine, settings, FINGERPRINT)
-    manifest = read_manifest(list_checkpoints(tmp_path)[0])
-    assert manifest.progress.consumed_samples == 8
-    assert manifest.data == FINGERPRINT
-    assert manifest.base == engine.frozen.digest
-    assert manifest.config == settings.model_dump(mode="json")
-    trained = {
-        f"{n}.{key}" for n in engine.state.gather_weights() for key in ("exp_avg", "exp_avg_sq")
-    }
-    assert manifest.files["optimizer.safetensors"].keys() == trained
+    manifest = read_manifest(list_checkpoints(tmp_path)[0] / MANIFEST)
+    assert manifest.training is not None
+    assert manifest.training.progress.consumed_samples == 8
+    assert manifest.training.data == FINGERPRINT
+    assert manifest.training.base == engine.frozen.digest
+    assert manifest.training.config == settings.model_dump(mode="json")
+    state = engine.state.gather_weights() | engine.state.gather_moments()
+    assert manifest.tensors.keys() == state.keys()

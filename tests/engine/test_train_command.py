@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megavideo.checkpoint.commit import newest_whole
-from megavideo.checkpoint.manifest import Manifest, read_manifest
+from megavideo.checkpoint.manifest import MANIFEST, Manifest, Progress, read_manifest, read_training
 from megavideo.train.metrics import read_rows
 from tests.engine.dataset import make_dataset
 
@@ -51,24 +51,30 @@ def trained(result: subprocess.CompletedProcess[str], run: Path) -> Manifest:
     assert result.stdout == "", "DeepSpeed's chatter is kept from the terminal"
     checkpoint = newest_whole(run)
     assert checkpoint is not None
-    return read_manifest(checkpoint)
+    return read_manifest(checkpoint / MANIFEST)
+
+
+def progress_of(manifest: Manifest) -> Progress:
+    assert manifest.training is not None
+    return manifest.training.progress
 
 
 @pytest.fixture(scope="module")
 def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 20 steps in one go."""
     run = tmp_path_factory.mktemp("unbroken")
-    assert trained(megavideo("train", dataset, run), run).progress.step == 20
+    assert progress_of(trained(megavideo("train", dataset, run), run)).step == 20
     return run
 
 
 def test_ten_steps_and_ten_more_equal_twenty(dataset: Path, unbroken: Path, tmp_path: Path) -> None:
     half = trained(megavideo("train", dataset, tmp_path, "--set", "recipe.steps=10"), tmp_path)
-    assert half.progress.step == 10
+    assert progress_of(half).step == 10
     whole = trained(megavideo("train", dataset, tmp_path), tmp_path)
-    expected = read_manifest(newest_whole(unbroken))  # type: ignore[arg-type]
-    assert whole.files == expected.files, "weights and moments, by digest"
-    assert whole.base == expected.base == half.base, "frozen weights"
+    expected = read_manifest(newest_whole(unbroken) / MANIFEST)  # type: ignore[operator]
+    assert whole.seals == expected.seals, "weights and moments, by digest"
+    bases = {m.training.base for m in (whole, expected, half) if m.training}
+    assert len(bases) == 1, "frozen weights"
     losses = [[row.get("loss") for row in read_rows(run)] for run in (tmp_path, unbroken)]
     assert losses[0] == losses[1]
 
@@ -83,7 +89,7 @@ def test_a_signal_to_one_rank_saves_and_ends_well(dataset: Path, tmp_path: Path)
     assert "saving and stopping at step" in log
     checkpoint = newest_whole(tmp_path)
     assert checkpoint is not None
-    step = read_manifest(checkpoint).progress.step
+    step = read_training(checkpoint).progress.step
     assert f"stopping at step {step}" in log
 
 

@@ -12,31 +12,25 @@ from pathlib import Path
 from torch import Tensor
 
 from megavideo.checkpoint.files import TensorEntry
-from megavideo.checkpoint.manifest import Manifest
+from megavideo.checkpoint.manifest import Training
 from megavideo.checkpoint.tensor_stream import TensorSpec
 from megavideo.model.table import expected_shapes, layer_of, shard_named
-from megavideo.parallel.shard import Shard
+from megavideo.parallel.shard import Shard, cut
 
 MOMENTS = (".exp_avg", ".exp_avg_sq")
 Write = Callable[[str, Tensor], None]
 
 
-class Reader(ABC):
-    """A checkpoint of one format, read one whole (joined) tensor at a time.
+class Source(ABC):
+    """Named tensors that are read one at a time, whole or in part.
 
     Attributes:
-        format: its name for people.
-        path: the folder.
-        tensors: what it holds, by canonical name.
-        files: every file that it is made of, relative to `path`.
-        training: progress, configuration and so on of a training run; None for bare weights.
+        path: where they lie.
+        tensors: names, and types and shapes of whole tensors.
     """
 
-    format: str
     path: Path
     tensors: dict[str, TensorSpec]
-    files: list[Path]
-    training: Manifest | None = None
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -45,7 +39,49 @@ class Reader(ABC):
         Raises: ValueError if it is damaged.
         """
 
-    def verify_files(self) -> None:  # noqa: B027  (formats with digests check as they read)
+    def read_part(
+        self, name: str, rank: int, size: int, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Rows [start, stop) of what `rank` of `size` tensor-parallel ranks holds of `name`.
+
+        Formats that can read so little do; others read the tensor and cut it.
+
+        Raises: ValueError if it is damaged, or cannot be cut so.
+        """
+        return cut(self.read(name), shard_for(name), rank, size)[start:stop]
+
+
+class Selection(Source):
+    """Some of the tensors of another source."""
+
+    def __init__(self, source: Source, names: Iterable[str]):
+        self.path = source.path
+        self.tensors = {name: source.tensors[name] for name in names}
+        self._source = source
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(name)
+
+    def read_part(
+        self, name: str, rank: int, size: int, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        return self._source.read_part(name, rank, size, start, stop)
+
+
+class Reader(Source):
+    """A checkpoint of one format.
+
+    Attributes:
+        format: its name for people.
+        files: every file that it is made of, relative to `path`.
+        training: progress, configuration and so on of a training run; None for bare weights.
+    """
+
+    format: str
+    files: list[Path]
+    training: Training | None = None
+
+    def verify_files(self) -> None:
         """Check what `read` does not, in a format without digests.
 
         Raises: ValueError if a file is damaged.

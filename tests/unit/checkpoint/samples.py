@@ -5,16 +5,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavideo.checkpoint.base import describe, store_base
-from megavideo.checkpoint.commit import new_checkpoint
-from megavideo.checkpoint.files import combined_digest, write_tensors
-from megavideo.checkpoint.formats.interface import MOMENTS, Reader
+from megavideo.checkpoint.base import base_path
+from megavideo.checkpoint.commit import begin, commit, list_checkpoints, temporary
+from megavideo.checkpoint.convert import Conversion, convert
+from megavideo.checkpoint.files import TensorEntry, TensorSpec, combined_digest, tensor_entry
+from megavideo.checkpoint.formats.interface import MOMENTS, Reader, shard_for
 from megavideo.checkpoint.formats.sat import sat_name
-from megavideo.checkpoint.manifest import Manifest, Progress, write_manifest
-from megavideo.checkpoint.tensor_stream import TensorSpec
+from megavideo.checkpoint.formats.sharded import ShardedWriter
+from megavideo.checkpoint.manifest import Manifest, Progress, Training
+from megavideo.checkpoint.part_file import write_part_file
+from megavideo.checkpoint.parts import files_of
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.model.table import parameter_table
 from megavideo.model.trainable import is_trainable
+from megavideo.parallel.shard import cut
 
 HIDDEN = 16
 
@@ -84,25 +88,45 @@ def write_split_sat(folder: Path, tensors: dict[str, Tensor], ranks: int) -> Pat
     return folder
 
 
-def write_run(folder: Path, step: int = 20, stage: str = "keyframes") -> dict[str, Tensor]:
-    """A run with one checkpoint and its frozen base; gives all its tensors."""
+def write_run(
+    folder: Path, step: int = 20, stage: str = "keyframes", tp: int = 1
+) -> dict[str, Tensor]:
+    """A run with one checkpoint more and its frozen base; gives all tensors of it."""
     tensors = weights(stage)
     frozen = {n: t for n, t in tensors.items() if not is_trainable(n, stage)}
     trained = {n: t.float() for n, t in tensors.items() if n not in frozen}
     moments = {f"{n}{m}": t + len(m) for n, t in trained.items() for m in MOMENTS}
-    digest = combined_digest(describe(frozen)) if frozen else None
+    digest = combined_digest(entries_of(frozen)) if frozen else None
     if digest:
-        store_base(folder, frozen, digest)
+        write_parts(base_path(folder, digest), frozen, tp)
     config = {"recipe": {"stage": stage}, "model": model().model_dump(mode="json")}
-    with new_checkpoint(folder, step) as checkpoint:
-        files = {
-            file: write_tensors(checkpoint / file, held)
-            for file, held in (
-                ("weights.safetensors", trained),
-                ("optimizer.safetensors", moments),
-            )
-        }
-        progress = Progress(step, step, 8 * step)
-        scaler = {"cur_scale": 2.0}
-        write_manifest(checkpoint, Manifest(progress, config, "data", digest, scaler, files))
+    training = Training(Progress(step, step, 8 * step), config, "data", digest, {"cur_scale": 2.0})
+    write_checkpoint(folder, trained | moments, training, tp)
     return {**frozen, **trained, **moments}
+
+
+def write_checkpoint(
+    run: Path, tensors: dict[str, Tensor], training: Training, tp: int = 1
+) -> Path:
+    """Commit a checkpoint as a training run does: each file by itself, the manifest last."""
+    step = training.progress.step
+    begin(run, step)
+    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    seals = {}
+    for file, parts in files_of(specs, tp).items():
+        rank = int(file.split(".tp-")[1][:2])
+        cuts = {name: cut(tensors[name], shard_for(name), rank, tp) for name in parts}
+        seals[file] = write_part_file(temporary(run, step) / file, cuts)
+    commit(run, step, Manifest(tp, specs, seals, training=training))
+    return list_checkpoints(run)[0]
+
+
+def write_parts(folder: Path, tensors: dict[str, Tensor], tp: int) -> None:
+    """A weights folder of ours, unless it is there."""
+    if not folder.exists():
+        reader = Held(tensors)
+        convert(Conversion(reader, ShardedWriter(tp, None), folder, reader.tensors), verify=False)
+
+
+def entries_of(tensors: dict[str, Tensor]) -> dict[str, TensorEntry]:
+    return {name: tensor_entry(tensor) for name, tensor in tensors.items()}

@@ -10,6 +10,8 @@ from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.convert_command import main as convert
 from tests.unit.checkpoint.samples import weights, write_run, write_split_sat
 
+MOMENTS = "optimizer.layers.1.tp-00-of-01.safetensors"
+
 
 def command(*arguments: object) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)))
@@ -25,7 +27,7 @@ def test_inspect_prints_stage_progress_parameters_and_base(tmp_path: Path) -> No
     tensors = write_run(tmp_path / "run")
     output = command("inspect", tmp_path / "run", "--config").output
     parameters = sum(t.numel() for name, t in tensors.items() if ".exp_avg" not in name)
-    base = next((tmp_path / "run" / "base").iterdir()).stem
+    base = next((tmp_path / "run" / "base").iterdir()).name
     for expected in ("keyframes", "step 20", "160 samples", f"{parameters:,}", base, '"heads": 8'):
         assert expected in output
     counted = [line.split(" tensors")[0] for line in output.splitlines() if " tensors" in line]
@@ -40,11 +42,11 @@ def test_verify_reads_every_checkpoint_and_exits_with_1(tmp_path: Path) -> None:
     write_split_sat(tmp_path / "sat", weights(), 2)
     result = command("verify", tmp_path / "run", tmp_path / "sat")
     assert result.exit_code == 0 and result.output.count(": whole, ") == 3
-    flip(tmp_path / "run" / "checkpoints" / "step-00000010" / "optimizer.safetensors")
+    flip(tmp_path / "run" / "checkpoints" / "step-00000010" / MOMENTS)
     result = command("verify", tmp_path / "run", tmp_path / "sat")
     assert result.exit_code == 1
     assert result.output.count(": whole, ") == 2 and "step-00000010: DAMAGED" in result.output
-    flip(next((tmp_path / "run" / "base").iterdir()))
+    flip(next((tmp_path / "run" / "base").glob("*/layers.0.*")))
     assert command("verify", tmp_path / "run").output.count("DAMAGED") == 2
 
 

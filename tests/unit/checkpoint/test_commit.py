@@ -14,42 +14,41 @@ import pytest
 import torch
 from torch import Tensor
 
-from megavideo.checkpoint import commit, files
-from megavideo.checkpoint.base import base_path, describe, load_base, store_base
-from megavideo.checkpoint.commit import list_checkpoints, new_checkpoint, newest_whole, prune
-from megavideo.checkpoint.files import combined_digest, read_tensors, write_tensors
-from megavideo.checkpoint.manifest import Manifest, Progress, read_manifest, write_manifest
+from megavideo.checkpoint import commit
+from megavideo.checkpoint.base import base_path, open_base
+from megavideo.checkpoint.commit import list_checkpoints, newest_whole, prune
+from megavideo.checkpoint.files import combined_digest
+from megavideo.checkpoint.manifest import MANIFEST, Progress, Training, read_training
+from megavideo.checkpoint.parts import open_parts
+from tests.unit.checkpoint.samples import entries_of, weights, write_checkpoint, write_parts
 
 CONFIG = {"recipe": {"stage": "keyframes"}}
+MIXTURE = "layers.0.attention.mixture"
+WEIGHTS = "layers.0.tp-00-of-01.safetensors"
 
 
 def tensors(step: int) -> dict[str, Tensor]:
     """What the made-up run holds after `step` steps."""
     generator = torch.Generator().manual_seed(step)
     return {
-        "a.weight": torch.randn(8, 4, generator=generator),
-        "b.bias": torch.randn(5, generator=generator).bfloat16(),
-        "c.scale": torch.randn((), generator=generator),
+        "embedding.frame_position": torch.randn(8, 4, generator=generator),
+        "layers.0.attention.temporal.dense.bias": torch.randn(5, generator=generator).bfloat16(),
+        MIXTURE: torch.randn(4, generator=generator),
+        f"{MIXTURE}.exp_avg": torch.randn(4, generator=generator),
     }
 
 
 def save(run: Path, step: int) -> Path:
     """Commit a checkpoint of `step`."""
-    with new_checkpoint(run, step) as folder:
-        entries = {
-            "weights.safetensors": write_tensors(folder / "weights.safetensors", tensors(step))
-        }
-        progress = Progress(step, step, 8 * step)
-        write_manifest(folder, Manifest(progress, CONFIG, "data", None, None, entries))
-    return list_checkpoints(run)[0]
+    training = Training(Progress(step, step, 8 * step), CONFIG, "data", None, None)
+    return write_checkpoint(run, tensors(step), training)
 
 
 def assert_holds(folder: Path, step: int) -> None:
     """The checkpoint is the one of `step`, bit for bit."""
-    manifest = read_manifest(folder)
-    assert manifest.progress.step == step
-    read = read_tensors(folder / "weights.safetensors", manifest.files["weights.safetensors"])
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors(step).items())
+    assert read_training(folder).progress.step == step
+    parts = open_parts(folder / MANIFEST)
+    assert all(torch.equal(parts.read(name), tensor) for name, tensor in tensors(step).items())
 
 
 def test_a_checkpoint_reads_back_bit_for_bit(tmp_path: Path) -> None:
@@ -83,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
 ) -> None:
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
-    weights = newest / "weights.safetensors"
+    weights = newest / WEIGHTS
     if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "delete tensors":
@@ -121,7 +120,7 @@ def test_a_kill_at_any_file_operation_keeps_the_previous(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replacing step 2 while step 1 stands, stopped before the n-th rename, fsync or removal."""
-    operations = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (files, "save_file")]
+    operations = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (commit, "write_manifest")]
     completed = False
     moment = 0
     while not completed:
@@ -138,7 +137,7 @@ def test_a_kill_at_any_file_operation_keeps_the_previous(
                 completed = True
             except Killed:
                 pass
-        step = read_manifest(newest_whole(run)).progress.step
+        step = read_training(newest_whole(run)).progress.step
         assert step in (1, 2)
         save(run, 3)
         assert_holds(newest_whole(run), 3)
@@ -174,7 +173,7 @@ def test_a_real_kill_loses_no_saved_step(tmp_path: Path) -> None:
             except EOFError:
                 break
         whole = newest_whole(tmp_path)
-        found = read_manifest(whole).progress.step
+        found = read_training(whole).progress.step
         assert found >= reached
         assert_holds(whole, found)
         reached = found
@@ -190,19 +189,25 @@ def _save_forever(run: Path, step: int, sender) -> None:  # type: ignore[no-unty
 
 
 def test_the_frozen_base_is_named_by_its_content(tmp_path: Path) -> None:
-    held = tensors(7)
-    digest = combined_digest(describe(held))
-    store_base(tmp_path, held, digest)
-    assert all(torch.equal(t, held[n]) for n, t in load_base(tmp_path, digest).items())
-    path = base_path(tmp_path, digest)
+    held = weights("image")
+    digest = combined_digest(entries_of(held))
+    folder = base_path(tmp_path, digest)
+    write_parts(folder, held, 2)
+    base = open_base(tmp_path, digest)
+    assert all(torch.equal(base.read(name), tensor) for name, tensor in held.items())
+    path = folder / "layers.1.tp-01-of-02.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="does not have the digest in its name"):
-        load_base(tmp_path, digest)
-    path.unlink()
+    damaged = open_base(tmp_path, digest)
+    with pytest.raises(ValueError, match="is damaged"):
+        damaged.read("layers.1.mlp.up.weight")
+    base_path(tmp_path, "0123").parent.mkdir(exist_ok=True)
+    folder.rename(base_path(tmp_path, "0123"))
+    with pytest.raises(ValueError, match=f"holds another base, {digest}"):
+        open_base(tmp_path, "0123")
     with pytest.raises(FileNotFoundError, match="copy it back"):
-        load_base(tmp_path, digest)
+        open_base(tmp_path, digest)
 
 
 @pytest.mark.parametrize("change", ["name", "type", "shape", "content"])
@@ -216,7 +221,7 @@ def test_the_digest_depends_on(change: str) -> None:
         after["a"] = torch.zeros(3, 2)
     else:
         after["a"][0, 0] = -0.0
-    assert combined_digest(describe(before)) != combined_digest(describe(after))
+    assert combined_digest(entries_of(before)) != combined_digest(entries_of(after))
 
 
 @contextmanager

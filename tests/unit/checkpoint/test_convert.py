@@ -21,8 +21,8 @@ from megavideo.checkpoint.files import opened
 from megavideo.checkpoint.formats.detect import open_checkpoint
 from megavideo.checkpoint.formats.interface import Reader, Writer
 from megavideo.checkpoint.formats.sharded import ShardedReader, ShardedWriter
-from megavideo.checkpoint.manifest import read_manifest
-from megavideo.checkpoint.sources import read_base
+from megavideo.checkpoint.manifest import MANIFEST, read_manifest
+from megavideo.checkpoint.sources import open_base_weights
 from megavideo.config.schema import RecipeConfig
 from megavideo.model.table import parameter_table, shard_named
 from megavideo.parallel.shard import cut
@@ -85,7 +85,7 @@ def test_a_trained_run_comes_back_with_optimizer_and_progress(tp: int, tmp_path:
     assert_holds(tmp_path / "cut", tensors)
     command(tmp_path / "cut", tmp_path / "back", "--to", "run", "--verify")
     before, after = (list_checkpoints(tmp_path / name)[0] for name in ("run", "back"))
-    assert read_manifest(after) == read_manifest(before)
+    assert read_manifest(after / MANIFEST) == read_manifest(before / MANIFEST)
     assert_holds(tmp_path / "back", tensors)
 
 
@@ -192,9 +192,9 @@ def test_converted_weights_are_a_base_to_train_on(tmp_path: Path) -> None:
     command(tmp_path / "ours", tmp_path / "hf", "--to", "huggingface")
     command(tmp_path / "ours", tmp_path / "sat", "--to", "sat", "--tp", 2)
     for folder in ("ours", "hf", "sat"):
-        read = read_base(tmp_path / folder)
-        assert read.keys() == base.keys()
-        assert all(torch.equal(read[name], tensor) for name, tensor in base.items())
+        source = open_base_weights(tmp_path / folder)
+        assert source.tensors.keys() == base.keys()
+        assert all(torch.equal(source.read(name), tensor) for name, tensor in base.items())
 
 
 # What is refused.

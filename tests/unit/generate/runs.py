@@ -5,16 +5,16 @@ from pathlib import Path
 import torch
 from click.testing import CliRunner
 
-from megavideo.checkpoint.base import describe, store_base
-from megavideo.checkpoint.commit import new_checkpoint
-from megavideo.checkpoint.files import combined_digest, write_tensors
-from megavideo.checkpoint.manifest import Manifest, Progress, write_manifest
+from megavideo.checkpoint.base import base_path
+from megavideo.checkpoint.files import combined_digest, tensor_entry
+from megavideo.checkpoint.manifest import Progress, Training
 from megavideo.config.schema import Config, ModelConfig
 from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from megavideo.data.text_tokenizer import TextTokenizer, train_text_model
 from megavideo.generate.command import main
 from megavideo.model.build import canonical_parameters
 from megavideo.model.trainable import is_trainable
+from tests.unit.checkpoint.samples import write_checkpoint, write_parts
 from tests.unit.generate.models import draw_weights
 
 PROMPTS = ["a red circle moves up", "a blue square does not move", "a star grows"]
@@ -65,12 +65,10 @@ def _save(run: Path, config: Config) -> None:
     stage = config.recipe.stage
     trained = {n: p.data for n, p in parameters.items() if is_trainable(n, stage)}
     frozen = {n: p.data for n, p in parameters.items() if n not in trained}
-    digest = combined_digest(describe(frozen))
-    store_base(run, frozen, digest)
-    with new_checkpoint(run, 1) as checkpoint:
-        files = {"weights.safetensors": write_tensors(checkpoint / "weights.safetensors", trained)}
-        whole = config.model_dump(mode="json")
-        write_manifest(checkpoint, Manifest(Progress(1, 1, 1), whole, "data", digest, None, files))
+    digest = combined_digest({name: tensor_entry(tensor) for name, tensor in frozen.items()})
+    write_parts(base_path(run, digest), frozen, tp=1)
+    whole = config.model_dump(mode="json")
+    write_checkpoint(run, trained, Training(Progress(1, 1, 1), whole, "data", digest, None))
 
 
 def generate(folder: Path, output: Path, *options: str) -> str:

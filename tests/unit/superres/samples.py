@@ -4,9 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megavideo.checkpoint.commit import new_checkpoint
-from megavideo.checkpoint.files import write_tensors
-from megavideo.checkpoint.manifest import Manifest, Progress, write_manifest
+from megavideo.checkpoint.manifest import Progress, Training
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.data.captions import Caption, write_captions
 from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -17,6 +15,7 @@ from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.init import initialise
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
+from tests.unit.checkpoint.samples import write_checkpoint
 
 SIZES = {
     "hidden": 16, "heads": 2, "layers": 2, "fine_side": 6, "vocab_size": 40, "image_codes": 20,
@@ -71,12 +70,5 @@ def write_base(run: Path, codes: int = 16, side: int = 2) -> None:
     parameters = canonical_parameters(build_model(model, RecipeConfig(stage="image", steps=1)))
     initialise(parameters, model, seed=0)
     config = {"recipe": {"stage": "image"}, "model": model.model_dump(mode="json")}
-    with new_checkpoint(run, 1) as checkpoint:
-        files = {
-            name: write_tensors(checkpoint / name, tensors)
-            for name, tensors in (
-                ("weights.safetensors", parameters),
-                ("optimizer.safetensors", {}),
-            )
-        }
-        write_manifest(checkpoint, Manifest(Progress(1, 1, 8), config, "data", None, None, files))
+    tensors = {name: parameter.data for name, parameter in parameters.items()}
+    write_checkpoint(run, tensors, Training(Progress(1, 1, 8), config, "data", None, None))

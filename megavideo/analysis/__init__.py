@@ -1,1 +1,0 @@
-"""What the trained channels do: learned mixtures, and where temporal attention goes."""
