@@ -5,6 +5,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 import click
 
@@ -56,6 +57,10 @@ COMMANDS = {
     "train": (
         "megavideo.train.command:main",
         "Train a model, or go on with a run.",
+    ),
+    "doctor": (
+        "megavideo.doctor.command:main",
+        "Would training work on these nodes? One verdict a line.",
     ),
     "evaluate": (
         "megavideo.train.evaluate_command:main",
@@ -122,10 +127,15 @@ def group() -> None:
 
 
 def main() -> None:
-    """Run a subcommand; a user's mistake becomes one line on stderr and exit status 2."""
+    """Run a subcommand."""
+    run(group, prog_name="megavideo")
+
+
+def run(command: click.Command, **options: Any) -> None:
+    """Run `command`; a user's mistake becomes one line on stderr and exit status 2."""
     setup_logging()
     try:
-        group(prog_name="megavideo")
+        command(**options)
     except USER_ERRORS as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

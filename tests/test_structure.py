@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoint": {"config", "model", "parallel"},
     "engine": {"config", "layout", "model", "parallel", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
+    "doctor": {"config", "ops", "model", "engine"},
     "superres": {"config", "layout", "ops", "model", "sampling", "data", "checkpoint"},
     "generate": {
         "config",

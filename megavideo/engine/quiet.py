@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-__all__ = ["deepspeed", "hushed"]
+__all__ = ["deepspeed", "hushed", "prebuilt_ops"]
 
 
 @contextmanager
@@ -43,3 +43,10 @@ def _hush() -> None:
     if not torch.cuda.is_available():
         # Its shared-memory all-reduce would be compiled by the first process group on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def prebuilt_ops() -> tuple[str, ...]:
+    """DeepSpeed's compiled operators that were built when it was installed."""
+    from deepspeed.git_version_info import installed_ops
+
+    return tuple(sorted(name for name, built in installed_ops.items() if built))
