@@ -70,6 +70,10 @@ COMMANDS = {
         "megavideo.generate.command:main",
         "Generate videos from prompts.",
     ),
+    "analyze": (
+        "megavideo.analysis.command:main",
+        "Plot how a trained model uses its two channels.",
+    ),
     "benchmark": (
         "megavideo.benchmark.command:main",
         "Measure speed beside that of alternatives.",

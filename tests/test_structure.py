@@ -15,7 +15,7 @@ ALLOWED = {
     "parallel": set(),
     "ops": {"layout"},
     "sampling": set(),
-    "benchmark": {"layout", "ops"},
+    "benchmark": {"config", "layout", "ops", "model", "generate"},
     "model": {"config", "layout", "ops", "parallel"},
     "data": {"config", "layout"},
     "checkpoint": {"config", "model", "parallel"},
@@ -23,6 +23,7 @@ ALLOWED = {
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
     "doctor": {"config", "ops", "model", "engine"},
     "superres": {"config", "layout", "ops", "model", "sampling", "data", "checkpoint"},
+    "analysis": {"config", "layout", "ops", "model", "data", "checkpoint", "engine"},
     "generate": {
         "config",
         "layout",

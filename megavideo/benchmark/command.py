@@ -3,6 +3,7 @@
 import click
 
 from megavideo.benchmark.attention import main as attention
+from megavideo.benchmark.generation import main as generation
 
 
 @click.group()
@@ -12,7 +13,9 @@ def main() -> None:
     \b
     Example:
       megavideo benchmark attention --output runs/benchmark
+      megavideo benchmark generate --output runs/benchmark
     """
 
 
 main.add_command(attention, "attention")
+main.add_command(generation, "generate")

@@ -31,6 +31,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @click.command()
 @option("--checkpoint", type=FOLDER, help="Stage 1: a checkpoint's folder, or a run's.")
 @option("--stage2", type=FOLDER, help="Stage 2, likewise: frames between frames.")
+@option("--superres", type=FOLDER, help="Super-resolution, of `megavideo train-superres`.")
 @option("--image-tokenizer", type=FILE, required=True, help="The VQ-VAE of the training data.")
 @option("--text-tokenizer", type=FILE, help="sentencepiece model.  [default: the run's]")
 @option("--output", type=FOLDER, required=True, help="Gets a folder for each video.")
@@ -63,7 +64,8 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @option("--tp", type=COUNT, default=1, help="Processes that share a model, under torchrun.")
 @option("--dry-run", is_flag=True, help="Say what there is to do, and do nothing.")
 def main(**options: Any) -> None:
-    """Generate videos: a first frame, keyframes (stage 1), frames between frames (stage 2).
+    """Generate videos: a first frame, keyframes (stage 1), frames between frames (stage 2); with
+    --superres, each frame is then enlarged.
 
     Each video gets a folder OUTPUT/NAME with video.mp4, video.gif, frames.png, tokens.npy and
     about.json. A call that was cut off goes on where it was: run it again. A video depends on its

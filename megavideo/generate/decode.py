@@ -144,9 +144,9 @@ class _Decoder:
 
     def step(self, frame: int, position: int, before: Tensor | None) -> Tensor:
         """Logits [B, K] of one token; `before` are the codes [B] before it in its frame."""
-        rows = len(self.prompts.length)
+        rows, device = len(self.prompts.length), self.prompts.length.device
         if before is None:
-            inputs = torch.full((rows, 1), self.embedding.model.begin_of_image)
+            inputs = torch.full((rows, 1), self.embedding.model.begin_of_image, device=device)
         else:
             inputs = self._rows(before[:, None])
         self.cursor.slots = np.array(

@@ -2,6 +2,7 @@
 
     NAME/video.mp4 video.gif frames.png    the frames
     NAME/tokens.npy                        image codes, uint16 or uint32 [frames, tokens of a frame]
+    NAME/enlarged.npy                      the same after super-resolution, if there is any
     NAME/about.json                        prompt, settings, what made it; written last
 
 Every file is written beside its name and renamed, so a job that is cut off leaves nothing half
@@ -25,6 +26,7 @@ from megavideo.log import log
 
 ABOUT = "about.json"
 FORMAT = "megavideo-generated-1"
+PICTURES = ("video.mp4", "video.gif", "frames.png")
 SHEET_COLUMNS = 9
 
 
@@ -32,7 +34,7 @@ def write_video_folder(
     folder: Path,
     request: Request,
     settings: Mapping[str, Any],
-    tokens: np.ndarray,
+    tokens: Mapping[str, np.ndarray],
     frames: np.ndarray,
     fps: float,
 ) -> None:
@@ -40,15 +42,18 @@ def write_video_folder(
 
     Args:
         settings: all that the tokens depend on besides prompt and number; see `is_whole`.
-        tokens: [frames, N]; frames: uint8 [frames, H, W, 3] in RGB.
+        tokens: [frames, N] each, by the name of their file.
+        frames: uint8 [frames, H, W, 3] in RGB.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     write_video(folder / "video.mp4", frames, fps, comment=request.prompt)
     _write_gif(folder / "video.gif", frames, fps)
     _write_sheet(folder / "frames.png", frames, request.prompt)
-    with atomic_write(folder / "tokens.npy") as file:
-        np.save(file, tokens.astype(np.uint16 if tokens.max(initial=0) < 1 << 16 else np.uint32))
+    files = {f"{name}.npy": codes for name, codes in tokens.items()}
+    for name, codes in files.items():
+        with atomic_write(folder / name) as file:
+            np.save(file, codes.astype(np.uint16 if codes.max(initial=0) < 1 << 16 else np.uint32))
     about = {
         "format": FORMAT,
         "prompt": request.prompt,
@@ -56,7 +61,7 @@ def write_video_folder(
         "frames": len(frames),
         "fps": fps,
         "settings": dict(settings),
-        "files": {path.name: _digest(path) for path in sorted(folder.iterdir())},
+        "files": {name: _digest(folder / name) for name in (*PICTURES, *files)},
     }
     with atomic_write(folder / ABOUT) as file:
         file.write(json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n")

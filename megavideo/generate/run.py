@@ -13,12 +13,14 @@ from megavideo.config.schema import Config, ParallelConfig
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.video import read_frames
 from megavideo.engine.world import World
+from megavideo.generate.enlarge import Enlarger
 from megavideo.generate.load import base_of, load_stage
 from megavideo.generate.output import is_whole, write_video_folder
 from megavideo.generate.pipeline import Stage, first_frames, interpolate, keyframes
 from megavideo.generate.requests import Request
 from megavideo.generate.settings import Settings
 from megavideo.log import log, progress
+from megavideo.model.execution import DTYPES
 
 DECODED_FRAMES = 16  # frames that the image tokenizer turns into pixels at once
 
@@ -48,8 +50,10 @@ def generate(settings: Settings, world: World) -> str:
             if world.mesh.tp.is_first:
                 for request, own in zip(requests, tokens, strict=True):
                     folder = settings.output / request.name
-                    frames = generation.pixels(own)
-                    write_video_folder(folder, request, described, own.cpu().numpy(), frames, fps)
+                    codes = generation.enlarged(request, own)
+                    frames = generation.pixels(list(codes.values())[-1])
+                    arrays = {name: array.cpu().numpy() for name, array in codes.items()}
+                    write_video_folder(folder, request, described, arrays, frames, fps)
     return (
         f"{len(todo)} videos generated, {there} were there already; {clock.tokens:,} tokens at "
         f"{clock.rate:,.0f} a second on this rank: {settings.output}"
@@ -84,6 +88,7 @@ class Generation:
         self.stage1 = _load(settings.keyframe_stage, settings.tp, world)
         self.stage2 = _load(settings.interpolation_stage, settings.tp, world)
         self.base = None if self.stage1 is None else base_of(self.stage1)
+        self.enlarge = _enlarger(settings, world.device)
         self.given = self._encode(given_frames(settings, self.tokenizer)).to(world.device)
 
     def videos(
@@ -104,6 +109,15 @@ class Generation:
                 self.stage2, requests, frames, fps, self.settings.batch, self.how, advance
             )
         return frames, fps
+
+    def enlarged(self, request: Request, tokens: Tensor) -> dict[str, Tensor]:
+        """The tokens [frames, N] of a video, and with super-resolution the larger ones."""
+        if self.enlarge is None:
+            return {"tokens": tokens}
+        stage = self.stage1 or self.stage2
+        assert stage is not None
+        text = stage.text.encode(request.prompt)
+        return {"tokens": tokens, "enlarged": self.enlarge(text, tokens, request.key)}
 
     def pixels(self, tokens: Tensor) -> np.ndarray:
         """uint8 [frames, H, W, 3] of tokens [frames, N]."""
@@ -150,6 +164,13 @@ def _load(stage: tuple[Path, Config] | None, tp: int, world: World) -> Stage | N
     if stage is None:
         return None
     return load_stage(*stage, ParallelConfig(tp=tp, recompute="none"), world)
+
+
+def _enlarger(settings: Settings, device: torch.device) -> Enlarger | None:
+    if settings.superres is None:
+        return None
+    precision = DTYPES[settings.any_config.recipe.precision]
+    return Enlarger(settings.superres, settings.labels, settings.seed, device, precision)
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
 from megavideo.checkpoint.commit import run_of
 from megavideo.config.schema import Config
+from megavideo.generate.enlarge import folder_digest
 from megavideo.generate.load import checkpoint_digest, open_checkpoint
 from megavideo.generate.pipeline import Drawing
 from megavideo.generate.requests import Request, read_prompts, requests_of
@@ -23,6 +25,7 @@ class Settings:
 
     checkpoint: Path | None
     stage2: Path | None
+    superres: Path | None
     image_tokenizer: Path
     text_tokenizer: Path | None
     output: Path
@@ -109,14 +112,19 @@ class Settings:
         assert stage is not None, "check() refuses this"
         return stage[1]
 
+    @property
+    def labels(self) -> Tensor | None:
+        """Each image code's cluster, if clusters are used."""
+        if self.clusters is None:
+            return None
+        return load_labels(self.clusters, self.any_config.model.image_codes)
+
     def drawing(self) -> Drawing:
         """How tokens are drawn.
 
         Raises: ValueError for impossible settings or labels of another codebook.
         """
-        labels = None
-        if self.clusters is not None:
-            labels = load_labels(self.clusters, self.any_config.model.image_codes)
+        labels = self.labels
 
         def strategy(temperature: float, top_k: int) -> Strategy:
             inner = self.code_temperature if labels is not None else 1.0
@@ -164,6 +172,7 @@ class Settings:
         for name in files:
             path = getattr(self, name)
             described[name] = None if path is None else xxhash.xxh3_128_hexdigest(path.read_bytes())
+        described["superres"] = None if self.superres is None else folder_digest(self.superres)
         for name, stage in (("stage1", self.keyframe_stage), ("stage2", self.interpolation_stage)):
             described[name] = None if stage is None else _described(*stage)
         return described

@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from megavideo.analysis.command import main as analyze
 from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from megavideo.report.command import main
 from tests.engine.dataset import CODES, make_dataset
@@ -59,6 +60,24 @@ def test_a_report_shows_figures_captions_and_the_frozen_digest(runs: Path) -> No
     for picture in ("losses.png", "predictions-base.png", "predictions-stage1.png"):
         assert picture in page
         assert Image.open(runs / "report" / picture).getcolors(2) is None, "more than two colours"
+
+
+def test_a_runs_channels_are_drawn(runs: Path) -> None:
+    arguments = [str(runs / "stage1"), "--output", str(runs / "analysis"), "--samples", "3"]
+    result = CliRunner().invoke(analyze, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    heads, *rows = (runs / "analysis" / "attention.csv").read_text().splitlines()
+    assert heads == "layer,head,text,own frame,earlier frames,later frames"
+    assert len(rows) == 4
+    for row in rows:
+        assert sum(map(float, row.split(",")[2:])) == pytest.approx(1, abs=1e-5)
+        assert float(row.split(",")[-1]) == 0  # keyframes are causal
+    assert len((runs / "analysis" / "mixture.csv").read_text().splitlines()) == 3
+    for picture in ("mixture.png", "attention.png"):
+        assert Image.open(runs / "analysis" / picture).width > 400
+    with pytest.raises(ValueError, match="text-to-image run"):
+        arguments = [str(runs / "base"), "--output", str(runs / "analysis")]
+        CliRunner().invoke(analyze, arguments, catch_exceptions=False)
 
 
 def test_another_base_than_before_is_called_changed(runs: Path) -> None:

@@ -14,8 +14,12 @@ from megavideo.data.text_tokenizer import TextTokenizer, train_text_model
 from megavideo.generate.command import main
 from megavideo.model.build import canonical_parameters
 from megavideo.model.trainable import is_trainable
+from megavideo.superres.checkpoint import Origin, save
+from megavideo.superres.config import DirectConfig
+from megavideo.superres.model import DirectSuperResolution
 from tests.unit.checkpoint.samples import write_checkpoint, write_parts
 from tests.unit.generate.models import draw_weights
+from tests.unit.superres.samples import drawn
 
 PROMPTS = ["a red circle moves up", "a blue square does not move", "a star grows"]
 CODES = 32
@@ -85,3 +89,23 @@ def generate(folder: Path, output: Path, *options: str) -> str:
 def both_stages(folder: Path) -> list[str]:
     """The options that name both."""
     return ["--checkpoint", str(folder / "stage1"), "--stage2", str(folder / "stage2")]
+
+
+def make_superres(folder: Path) -> None:
+    """`folder`/superres: frames of 4 x 4 tokens become frames of 12 x 12."""
+    text = TextTokenizer(folder / "text.model", CODES)
+    config = DirectConfig(
+        hidden=16,
+        heads=2,
+        layers=1,
+        fine_side=12,
+        coarse_side=4,
+        text_slots=8,
+        coarse_position=33,
+        position_rows=64,
+        vocab_size=text.vocab_size,
+        image_codes=CODES,
+        begin_of_image=text.begin_of_image,
+    )
+    model = drawn(DirectSuperResolution(config), seed=0).float()
+    save(folder / "superres", model, Origin("", "", 1))

@@ -12,7 +12,7 @@ from PIL import Image
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.video import read_clip, write_video
 from megavideo.generate.requests import Request
-from tests.unit.generate.runs import PROMPTS, both_stages, generate, make_runs
+from tests.unit.generate.runs import PROMPTS, both_stages, generate, make_runs, make_superres
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,22 @@ def test_guidance_clusters_and_published_windows_change_the_video(
         generate(runs, tmp_path / name, *options)
         videos[name] = tokens(tmp_path / name).tobytes()
     assert len(set(videos.values())) == len(videos)
+
+
+def test_frames_are_enlarged(runs: Path, tmp_path: Path) -> None:
+    make_superres(runs)
+    options = ["--checkpoint", str(runs / "stage1"), *prompt_options(PROMPTS[:1])]
+    generate(runs, tmp_path / "plain", *options)
+    generate(runs, tmp_path / "large", *options, "--superres", str(runs / "superres"))
+    (folder,) = (tmp_path / "large").iterdir()
+    assert np.array_equal(tokens(tmp_path / "large"), tokens(tmp_path / "plain"))
+    assert np.load(folder / "enlarged.npy").shape == (5, 144)
+    assert read_clip(folder / "video.mp4", 1.0).frames.shape == (5, 96, 96, 3)
+    assert "all 1 videos are there" in generate(
+        runs, tmp_path / "large", *options, "--superres", str(runs / "superres")
+    )
+    with pytest.raises(ValueError, match=r"other settings \(superres\)"):
+        generate(runs, tmp_path / "large", *options)
 
 
 def test_a_given_first_frame_is_every_videos_first(runs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What the trained channels do: learned mixtures, and where temporal attention goes."""

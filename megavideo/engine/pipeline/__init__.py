@@ -1,1 +1,0 @@
-"""Pipeline parallelism on DeepSpeed's PipelineModule and PipelineEngine."""
