@@ -25,6 +25,33 @@ def accumulation_steps(recipe: RecipeConfig, dp_size: int) -> int:
     )
 
 
+def check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
+    """Refuse a number of micro-batches that the interleaved schedule cannot arrange.
+
+    It takes them in equal rounds of at least pp each (or in one).
+
+    Raises:
+        ValueError: with numbers that can be arranged.
+    """
+    if parallel.virtual_stages == 1 or _arrangeable(micro_batches, parallel.pp):
+        return
+    near = [m for m in range(1, 2 * micro_batches) if _arrangeable(m, parallel.pp)]
+    below, above = (
+        max(m for m in near if m < micro_batches),
+        min(m for m in near if m > micro_batches),
+    )
+    raise ValueError(
+        f"parallel.virtual_stages={parallel.virtual_stages} cannot arrange {micro_batches} "
+        f"micro-batches over parallel.pp={parallel.pp}; change recipe.batch or recipe.micro_batch "
+        f"to make them {below} or {above} (any multiple of {parallel.pp} works), or set "
+        "parallel.virtual_stages=1"
+    )
+
+
+def _arrangeable(micro_batches: int, pp: int) -> bool:
+    return micro_batches % max(1, micro_batches // pp) == 0
+
+
 def check_world(parallel: ParallelConfig, world_size: int) -> None:
     """Refuse to run with another number of processes than the layout is meant for.
 
@@ -83,8 +110,14 @@ def deepspeed_config(
         "zero_optimization": _zero(parallel),
         "zero_allow_untested_optimizer": True,  # SGD, for parity checks
         "steps_per_print": None,
+        **({"pipeline": _PIPELINE} if parallel.pp > 1 else {}),
         **_precision(recipe),
     }
+
+
+# With the defaults, activations are cut over tensor-parallel ranks a second time (wrong losses
+# under sequence parallelism), and recomputing by reentrant calls drops gradients.
+_PIPELINE = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
 
 
 def _zero(parallel: ParallelConfig) -> dict[str, Any]:

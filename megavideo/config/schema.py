@@ -200,6 +200,16 @@ class ParallelConfig(Section):
     )
     tp: Count = Field(1, description="tensor-parallel ranks: each holds a part of every layer")
     pp: Count = Field(1, description="pipeline stages: each holds some of the layers")
+    virtual_stages: Count = Field(
+        1,
+        description="runs of layers that each pipeline rank holds; more than 1 interleaves them "
+        "(interleaved 1F1B): a smaller bubble for more communication",
+    )
+    partition: tuple[Count, ...] | None = Field(
+        None,
+        description="layers of each of the pp x virtual_stages runs, the embedding counted in the "
+        "first and the head in the last; by default runs have even FLOPs",
+    )
     zero: Annotated[int, Field(ge=0, le=3)] = Field(
         1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients, 3 parameters too"
     )
@@ -207,6 +217,22 @@ class ParallelConfig(Section):
         "layer", description="activation checkpointing: keep all activations, or only layer inputs"
     )
     reduce_bucket: Count = Field(100_000_000, description="elements per gradient-reduction bucket")
+
+    @model_validator(mode="after")
+    def _pipeline_fits(self) -> "ParallelConfig":
+        if self.pp == 1:
+            for name in ("virtual_stages", "partition"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"parallel.{name}={getattr(self, name)} has no effect without a pipeline; "
+                        "set parallel.pp to at least 2, or remove it"
+                    )
+        elif self.zero > 1:
+            raise ValueError(
+                f"parallel.zero={self.zero} cuts gradients that a pipeline (parallel.pp={self.pp}) "
+                "adds up over micro-batches; use parallel.zero=1, or parallel.pp=1"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -283,9 +309,49 @@ class Config(Section):
                 f"model.frames={model.frames} leaves nothing to learn in stage "
                 f"{recipe.stage}; use at least 2"
             )
+        self._check_pipeline()
         if self.run.evaluate_every and self.data.validation is None:
             raise ValueError(
                 f"run.evaluate_every={self.run.evaluate_every} needs data.validation; name a "
                 "folder of held-out shards, or set run.evaluate_every=0"
             )
         return self
+
+    def _check_pipeline(self) -> None:
+        parallel, layers = self.parallel, self.model.layers
+        if parallel.pp == 1:
+            return
+        if self.recipe.stage == "image":
+            raise ValueError(
+                f"parallel.pp={parallel.pp} would put the word table's two uses, embedding and "
+                "head, on two stages, and stage image trains it; use parallel.pp=1 (tensor "
+                "parallelism and ZeRO 3 cut this model too)"
+            )
+        runs = parallel.pp * parallel.virtual_stages
+        if runs > layers:
+            raise ValueError(
+                f"parallel.pp={parallel.pp} x parallel.virtual_stages={parallel.virtual_stages} is "
+                f"more than model.layers={layers}; lower one of them"
+            )
+        if parallel.partition is not None:
+            self._check_partition(parallel.partition, runs)
+
+    def _check_partition(self, partition: tuple[int, ...], runs: int) -> None:
+        shown = f"parallel.partition={list(partition)}"
+        if len(partition) != runs:
+            raise ValueError(
+                f"{shown} names {len(partition)} runs of layers, but parallel.pp="
+                f"{self.parallel.pp} x parallel.virtual_stages={self.parallel.virtual_stages} has "
+                f"{runs}; give {runs} numbers"
+            )
+        total = self.model.layers + 2
+        if sum(partition) != total:
+            raise ValueError(
+                f"{shown} adds up to {sum(partition)}, but embedding, model.layers="
+                f"{self.model.layers} and head are {total} layers; change it to add up to {total}"
+            )
+        if partition[0] == 1 or partition[-1] == 1:
+            raise ValueError(
+                f"{shown} leaves embedding or head alone in a run; give the first and the last run "
+                "at least 2 layers"
+            )

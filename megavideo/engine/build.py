@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torch import nn
-
 from megavideo.checkpoint.commit import candidates_of, first_whole, verify_checkpoint
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import Progress, Training, read_training
@@ -11,22 +9,23 @@ from megavideo.checkpoint.sources import find_checkpoint
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
-    deepspeed_config,
+    check_schedule,
 )
 from megavideo.config.schema import Config, RecipeConfig
 from megavideo.engine.base import store_base
 from megavideo.engine.engine import Engine
 from megavideo.engine.frozen import FrozenWeights
-from megavideo.engine.home import SingleStageHome
-from megavideo.engine.objective import Objective
+from megavideo.engine.home import Home, SingleStageHome
 from megavideo.engine.optimizer import build_optimizer, parameter_groups
 from megavideo.engine.part_plan import frozen_tensors
-from megavideo.engine.quiet import deepspeed, hushed
+from megavideo.engine.pipeline.home import PipelineHome
+from megavideo.engine.quiet import deepspeed
 from megavideo.engine.state import OptimizerState
-from megavideo.engine.weights import DTYPES, checkpoint_weights, new_model, start_weights
+from megavideo.engine.weights import DTYPES, checkpoint_weights, start_weights
 from megavideo.engine.world import World
 from megavideo.log import log
 from megavideo.model.build import canonical_parameters
+from megavideo.model.partition import ideal_bubble
 from megavideo.model.trainable import check_trainable
 
 
@@ -42,13 +41,16 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     world.from_rank_zero(lambda: check_layout(config, world.mesh.dp.size))
     checkpoint = find_resume(config, data, world)
     training = read_training(checkpoint) if checkpoint else None
-    model = new_model(config, world.device)
+    home_class: type[Home] = PipelineHome if config.parallel.pp > 1 else SingleStageHome
+    model = home_class.new_model(config, world)
     parameters = canonical_parameters(model)
     if checkpoint:
-        world.together(lambda: checkpoint_weights(parameters, checkpoint))
+        world.together(lambda: checkpoint_weights(parameters, config, checkpoint))
     else:
         world.first_on_rank_zero(lambda: start_weights(parameters, config))
-    home = _initialize(model, parameters, config, world)
+    groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
+    optimizer = build_optimizer(groups, config.recipe.optimizer, world.device)
+    home = home_class.settle(model, optimizer, config, world)
     check_trainable(parameters, config.recipe.stage)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     engine = Engine(
@@ -72,7 +74,15 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
 
 def check_layout(config: Config, dp_size: int) -> None:
     """Refuse a batch or precision that cannot be trained in this layout (config/deepspeed.py)."""
-    accumulation_steps(config.recipe, dp_size)
+    micro_batches = accumulation_steps(config.recipe, dp_size)
+    check_schedule(config.parallel, micro_batches)
+    if micro_batches < config.parallel.pp:
+        log.warning(
+            "%d micro-batches do not fill parallel.pp=%d stages: %.0f %% of each step is waiting; "
+            "lower recipe.micro_batch or parallel.pp",
+            *(micro_batches, config.parallel.pp),
+            100 * ideal_bubble(config.parallel, micro_batches),
+        )
     accelerator = deepspeed.get_accelerator()
     check_precision(config.recipe, config.parallel, bool(accelerator.is_fp16_supported()))
 
@@ -118,22 +128,6 @@ def _check_same_run(checkpoint: Path, config: Config, data: str) -> None:
                 f"{checkpoint} was trained with {key}={was}, not {wanted}; choose another "
                 "run.directory"
             )
-
-
-def _initialize(
-    model: nn.Module, parameters: dict[str, nn.Parameter], config: Config, world: World
-) -> SingleStageHome:
-    groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
-    optimizer = build_optimizer(groups, config.recipe.optimizer, world.device)
-    with hushed():
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config.recipe, config.parallel, world.mesh.dp.size),
-            dist_init_required=False,
-        )
-    objective = Objective(config.model, config.recipe, world.device)
-    return SingleStageHome(engine, objective, config.recipe.optimizer.clip, world)
 
 
 def _restore(engine: Engine, checkpoint: Path, training: Training) -> None:

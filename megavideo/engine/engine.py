@@ -101,8 +101,9 @@ class Engine:
         """This replica's mean loss of each loss-carrying frame, [loss frames]."""
         return self._home.frame_losses(batch)
 
-    def _seed_dropout(self, micro_step: int) -> None:
-        seed_dropout(self._recipe, self.world.mesh, self.progress.consumed_samples, micro_step)
+    def _seed_dropout(self, micro_step: int, run: int = 0) -> None:
+        consumed = self.progress.consumed_samples
+        seed_dropout(self._recipe, self.world.mesh, consumed, micro_step, run)
 
     def _set_learning_rate(self) -> float:
         recipe = self._recipe

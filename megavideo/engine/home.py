@@ -3,19 +3,26 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megavideo.config.deepspeed import deepspeed_config
+from megavideo.config.schema import Config
 from megavideo.engine.clip import clip_gradients
 from megavideo.engine.objective import Batch, Objective
+from megavideo.engine.quiet import deepspeed, hushed
+from megavideo.engine.weights import new_model
 from megavideo.engine.world import World
 
-# Called with the number of a micro-batch before its dropout is drawn.
-SeedDropout = Callable[[int], None]
+
+class SeedDropout(Protocol):
+    """Called with the numbers of a micro-batch and of a run of layers before dropout is drawn."""
+
+    def __call__(self, micro_step: int, run: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,25 @@ class Home(ABC):
         module: the layers that this rank holds.
         optimizer: torch's optimizer.
         wrapper: DeepSpeed's around it; the same object with ZeRO 0.
+        objective: from a batch to the loss of each frame.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     wrapper: Any
+    objective: Objective
+
+    @classmethod
+    @abstractmethod
+    def new_model(cls, config: Config, world: World) -> nn.Module:
+        """The layers that this rank will hold, on its device, values not set yet."""
+
+    @classmethod
+    @abstractmethod
+    def settle(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ) -> "Home":
+        """Hand `model`, its values set, to DeepSpeed. All ranks must call it."""
 
     @abstractmethod
     def train_batch(self, batches: Iterator[Batch], seed_dropout: SeedDropout) -> Update:
@@ -58,13 +79,29 @@ class Home(ABC):
 
 
 class SingleStageHome(Home):
-    """All layers on this rank (or cut within each layer), in `deepspeed.initialize`'s engine.
+    """All layers on every rank, in the engine that `deepspeed.initialize` returns.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
-        objective: from a batch to the loss of each frame.
         clip: largest global gradient norm where clipping is ours (ZeRO 0); 0 does not clip.
     """
+
+    @classmethod
+    def new_model(cls, config: Config, world: World) -> nn.Module:
+        return new_model(config, world.device)
+
+    @classmethod
+    def settle(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ) -> "SingleStageHome":
+        with hushed():
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config.recipe, config.parallel, world.mesh.dp.size),
+                dist_init_required=False,
+            )
+        objective = Objective(config.model, config.recipe, world.device)
+        return cls(engine, objective, config.recipe.optimizer.clip, world)
 
     def __init__(self, engine: Any, objective: Objective, clip: float, world: World):
         self.module = engine.module

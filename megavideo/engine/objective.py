@@ -31,8 +31,17 @@ class Objective:
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """Mean loss of each of `frames`, float32 [loss frames]."""
+        text, text_length, image = self.inputs(batch)
+        return self.losses(model((text, text_length, image)), image)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first layer takes, on the device; the image is also the last one's labels."""
         text, text_length, image = (
             part.to(self._device, non_blocking=True)
             for part in (batch.text, batch.text_length, batch.image)
         )
-        return frame_losses(model((text, text_length, image)), image, self.frames)
+        return text, text_length, image
+
+    def losses(self, logits: Tensor, image: Tensor) -> Tensor:
+        """Mean loss of each of `frames`, from the model's output."""
+        return frame_losses(logits, image, self.frames)

@@ -145,7 +145,13 @@ class OptimizerState:
 
     def _gather(self, names: list[str]) -> dict[str, Tensor]:
         parts = {name: self.part(name, 0) for name in names}
-        return {name: part.cpu() for name, part in parts.items() if part is not None}
+        mine = {name: part.cpu() for name, part in parts.items() if part is not None}
+        stages = self._mesh.pp
+        if stages.size == 1:
+            return mine
+        everywhere: list[dict[str, Tensor]] | None = [{}] * stages.size if stages.is_first else None
+        dist.gather_object(mine, everywhere, dst=stages.ranks[0], group=stages.group)
+        return {name: part for some in everywhere or [] for name, part in some.items()}
 
     def _padded_with_zeros(self, name: str) -> Tensor:
         """The part's full length, zero but for this rank's fragment."""

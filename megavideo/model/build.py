@@ -8,6 +8,7 @@ from megavideo.layout.rules import loss_frames, spatial_rule, temporal_rule
 from megavideo.model.block import Block
 from megavideo.model.embed import Embedding
 from megavideo.model.head import Head
+from megavideo.model.layers import is_copy
 
 
 def stage_grid(model: ModelConfig, stage: str) -> Grid:
@@ -61,13 +62,14 @@ def build_model(model: ModelConfig, recipe: RecipeConfig, recompute: str = "none
 def canonical_parameters(container: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, by the name that does not depend on the container.
 
-    For example `layers.0.attention.temporal.qkv.weight`; the tied word table is `embedding.word`.
+    For example `layers.0.attention.temporal.qkv.weight`; the tied word table is `embedding.word`,
+    and a head that holds a copy of its rows has no name for it.
     """
     parameters: dict[str, nn.Parameter] = {}
     seen: set[nn.Parameter] = set()
     for layer in container.children():
         for local, parameter in layer.named_parameters():
-            if parameter not in seen:
+            if parameter not in seen and not is_copy(parameter):
                 seen.add(parameter)
                 parameters[f"{layer.name}.{local}"] = parameter
     return parameters

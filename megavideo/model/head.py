@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavideo.model.layers import Streams, layer_norm
+from megavideo.model.layers import Streams, as_copy, layer_norm
 
 
 class Head(nn.Module):
@@ -38,6 +38,11 @@ class Head(nn.Module):
         self.codes = codes
         self.per_frame = per_frame
         self.frames = list(frames)
+
+    def untie(self) -> None:
+        """Hold the image rows alone, as a frozen copy: for a process without the embedding."""
+        rows = self.word.detach()[: self.codes].clone()
+        self.word = as_copy(nn.Parameter(rows, requires_grad=False))
 
     def forward(self, streams: Streams) -> Tensor:
         """Logits [B, loss frames, N, codes], in float32 or wider."""

@@ -49,3 +49,14 @@ def _norm_class() -> type[nn.Module]:
         return nn.LayerNorm
     log.info("LayerNorm: NVIDIA apex FusedLayerNorm")
     return FusedLayerNorm
+
+
+def as_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark `parameter` as a copy of another's values, which has no canonical name of its own."""
+    parameter.is_copy = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def is_copy(parameter: nn.Parameter) -> bool:
+    """Whether `as_copy` marked it."""
+    return getattr(parameter, "is_copy", False)

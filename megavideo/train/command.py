@@ -11,7 +11,7 @@ import torch
 
 from megavideo.checkpoint.commit import checkpoints_of, list_checkpoints
 from megavideo.config.command import config_arguments
-from megavideo.config.deepspeed import accumulation_steps, check_world
+from megavideo.config.deepspeed import accumulation_steps, check_schedule, check_world
 from megavideo.config.load import dump_config, load_config
 from megavideo.config.schema import Config
 from megavideo.data.batch import BatchStream, open_stream
@@ -24,6 +24,7 @@ from megavideo.files import atomic_write
 from megavideo.log import log, rank
 from megavideo.model.build import canonical_parameters, stage_grid
 from megavideo.model.flops import training_flops
+from megavideo.model.partition import describe_stages, ideal_bubble
 from megavideo.train.loop import Run, train
 from megavideo.train.record import Recorder
 
@@ -98,6 +99,7 @@ def describe(config: Config, world_size: int) -> str:
     check_world(parallel, world_size)
     replicas = world_size // (parallel.pp * parallel.tp)
     accumulation = accumulation_steps(recipe, replicas)
+    check_schedule(parallel, accumulation)
     parameters = canonical_parameters(new_model(config, torch.device("meta")))
     trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
@@ -111,6 +113,7 @@ def describe(config: Config, world_size: int) -> str:
             f"layout       {world_size} process(es) = pp {parallel.pp} x dp {replicas} x tp "
             f"{parallel.tp}, ZeRO {parallel.zero}, {recipe.precision}, "
             f"recompute {parallel.recompute}",
+            *_pipeline(config, accumulation),
             f"batch        {recipe.batch} samples = {replicas} replica(s) x {accumulation} "
             f"micro-batches x {recipe.micro_batch}",
             f"steps        {recipe.steps:,}: {recipe.steps * recipe.batch:,} samples, "
@@ -122,6 +125,15 @@ def describe(config: Config, world_size: int) -> str:
             + (f", and every {config.run.keep_every:,}th step" if config.run.keep_every else ""),
         )
     )
+
+
+def _pipeline(config: Config, micro_batches: int) -> list[str]:
+    if config.parallel.pp == 1:
+        return []
+    stages = describe_stages(config.model, config.recipe, config.parallel)
+    bubble = ideal_bubble(config.parallel, micro_batches)
+    lines = [*stages, f"{bubble:.1%} of a step is bubble, with even stages and free communication"]
+    return [f"{'' if number else 'pipeline':<13}{line}" for number, line in enumerate(lines)]
 
 
 def _saves(config: Config) -> int:

@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite skips the step everywhere, and leaves no trace."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,41 +19,41 @@ HOMES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16
 
 
 class Poisoned:
-    """An objective that goes wrong in chosen calls."""
+    """Losses that go wrong in chosen calls."""
 
-    def __init__(self, objective: Any, calls: set[int], harm: float):
-        self.objective, self.calls, self.harm, self.call = objective, calls, harm, 0
-        self.frames = objective.frames
+    def __init__(self, losses: Callable[[Tensor, Tensor], Tensor], calls: set[int], harm: float):
+        self.losses, self.calls, self.harm, self.call = losses, calls, harm, 0
 
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        losses = self.objective(model, batch)
+    def __call__(self, logits: Tensor, image: Tensor) -> Tensor:
+        losses = self.losses(logits, image)
         self.call += 1
         # Added to the loss, infinity leaves its gradient finite: the loss alone must stop the step.
         return losses + self.harm if self.call in self.calls else losses
 
 
 def poison(engine: Engine, calls: set[int], harm: float) -> None:
-    """Let the objective of `engine` go wrong in these of its calls."""
-    home: Any = engine._home
-    home.objective = Poisoned(home.objective, calls, harm)
+    """Let the losses of `engine` go wrong in these of its calls."""
+    objective: Any = engine._home.objective
+    objective.losses = Poisoned(objective.losses, calls, harm)
 
 
 @pytest.mark.parametrize(("precision", "zero"), HOMES)
 def test_a_skipped_step_leaves_no_trace(
     precision: str, zero: int, world: World, tmp_path: Path
 ) -> None:
-    assert_leaves_no_trace(precision, zero, world, tmp_path, math.inf)
+    assert_leaves_no_trace(precision, {"zero": zero}, world, tmp_path, math.inf)
 
 
 def assert_leaves_no_trace(
-    precision: str, zero: int, world: World, folder: Path, harm: float
+    precision: str, layout: dict[str, Any], world: World, folder: Path, harm: float
 ) -> None:
     """Step, step with harm in the second micro-batch, step: as if the second had not been."""
-    settings = config(folder / "a", {"precision": precision}, parallel={"zero": zero})
+    settings = config(folder / "a", {"precision": precision}, parallel=layout)
     engine = build_engine(settings, world, FINGERPRINT)
-    steps = settings.recipe.batch // (settings.recipe.micro_batch * world.size)
+    steps = settings.recipe.batch // (settings.recipe.micro_batch * world.mesh.dp.size)
     poison(engine, {steps + 2}, harm)
-    batches = micro_batches(0, world.rank, world.size)
+    replica = world.mesh.dp
+    batches = micro_batches(0, replica.rank, replica.size)
     results = [engine.train_batch(batches) for _ in range(3)]
     assert [result.skipped for result in results] == [False, True, False]
     assert not math.isfinite(results[1].loss)
@@ -62,11 +63,11 @@ def assert_leaves_no_trace(
     assert engine.progress.updates == 2
     assert engine.progress.consumed_samples == 24
 
-    healthy = config(folder / "b", {"precision": precision}, parallel={"zero": zero})
+    healthy = config(folder / "b", {"precision": precision}, parallel=layout)
     other = build_engine(healthy, world, FINGERPRINT)
-    other.train_batch(micro_batches(0, world.rank, world.size))
+    other.train_batch(micro_batches(0, replica.rank, replica.size))
     other.progress = replace(other.progress, step=2, consumed_samples=16)
-    other.train_batch(micro_batches(16, world.rank, world.size))
+    other.train_batch(micro_batches(16, replica.rank, replica.size))
     assert_same_state(engine, other)
 
 

@@ -48,7 +48,9 @@ def assert_trains_like_golden(settings: Config, world: World) -> None:
     golden = Golden(settings)
     before = golden.weights()
     frames = stage_grid(settings.model, settings.recipe.stage).frames
-    batches = micro_batches(0, world.rank, world.size, settings.recipe.micro_batch, frames)
+    batches = micro_batches(
+        0, world.mesh.dp.rank, world.mesh.dp.size, settings.recipe.micro_batch, frames
+    )
     for number in range(STEPS):
         result = engine.train_batch(batches)
         loss, norm = golden.step(number)

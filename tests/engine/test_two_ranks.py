@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from megavideo.checkpoint.commit import list_checkpoints
+from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.world import World, join_world
 from tests.engine.support import FINGERPRINT, config, micro_batches
 from tests.engine.test_nonfinite import HOMES, assert_leaves_no_trace, assert_same_state
 from tests.engine.test_parity import ADAMW, SGD, assert_trains_like_golden
+from tests.engine.test_resume import DROPOUT
 from tests.world import run_world
 
 
@@ -33,22 +35,23 @@ def _on_two_ranks(rank: int, folder: Path) -> None:
         for optimizer in (SGD, ADAMW):
             run = folder / f"parity-{zero}-{optimizer['name']}"
             assert_trains_like_golden(config(run, {}, optimizer, {"zero": zero}), world)
-        assert_resumes(world, zero, folder / f"resume-{zero}")
+        assert_resumes(world, config(folder / f"resume-{zero}", DROPOUT, {}, {"zero": zero}))
     for precision, zero in HOMES:
         harm = math.nan if rank == 1 else 0.0  # one rank's loss makes both skip
-        assert_leaves_no_trace(precision, zero, world, folder / f"skip-{precision}-{zero}", harm)
+        run = folder / f"skip-{precision}-{zero}"
+        assert_leaves_no_trace(precision, {"zero": zero}, world, run, harm)
 
 
-def assert_resumes(world: World, zero: int, run: Path) -> None:
+def assert_resumes(world: World, settings: Config) -> None:
     """Two steps, a save, and a resume that goes on bit for bit."""
-    settings = config(run, {"attention_dropout": 0.3}, parallel={"zero": zero})
     engine = build_engine(settings, world, FINGERPRINT)
-    batches = micro_batches(0, world.rank, world.size)
+    replica = world.mesh.dp
+    batches = micro_batches(0, replica.rank, replica.size)
     for _ in range(2):
         engine.train_batch(batches)
     save_checkpoint(engine, settings, FINGERPRINT)
     resumed = build_engine(settings, world, FINGERPRINT)
     assert_same_state(resumed, engine)
-    again = resumed.train_batch(micro_batches(16, world.rank, world.size))
+    again = resumed.train_batch(micro_batches(16, replica.rank, replica.size))
     assert again.loss == engine.train_batch(batches).loss
     assert_same_state(resumed, engine)

@@ -65,6 +65,24 @@ def test_a_mistake_is_one_error_with_value_place_and_remedy(assignment: str, mes
         load(assignment)
 
 
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["parallel.zero=2"], r"parallel.zero=2 cuts gradients .* use parallel.zero=1, or"),
+        (["parallel.virtual_stages=4"], r"is more than model.layers=4; lower one"),
+        (["parallel.pp=1", "parallel.partition=[6]"], r"partition=\(6,\) has no effect without"),
+        (["parallel.pp=1", "parallel.virtual_stages=2"], r"virtual_stages=2 has no effect without"),
+        (["parallel.partition=[6]"], r"partition=\[6\] names 1 runs .* give 2 numbers"),
+        (["parallel.partition=[2, 3]"], r"partition=\[2, 3\] adds up to 5, .* add up to 6"),
+        (["parallel.partition=[5, 1]"], r"partition=\[5, 1\] leaves embedding or head alone"),
+        (["recipe.stage=image"], r"parallel.pp=2 would put .* use parallel.pp=1"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(assignments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("model.layers=4", "parallel.pp=2", *assignments)
+
+
 def test_the_same_key_in_two_files_is_an_error_that_names_both(tmp_path: Path) -> None:
     file = tmp_path / "more.yaml"
     file.write_text("recipe: {steps: 3}\n")

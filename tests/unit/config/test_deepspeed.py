@@ -5,6 +5,7 @@ import pytest
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
+    check_schedule,
     check_world,
     deepspeed_config,
 )
@@ -75,3 +76,12 @@ def test_a_layout_that_does_not_divide_the_world_is_one_clear_error() -> None:
     check_world(ParallelConfig(tp=2, pp=2), 8)
     with pytest.raises(ValueError, match=r"parallel\.pp=2 x parallel\.tp=2 does not divide the 6"):
         check_world(ParallelConfig(tp=2, pp=2), 6)
+
+
+def test_interleaving_names_micro_batches_that_it_can_arrange() -> None:
+    interleaved = ParallelConfig(pp=4, virtual_stages=2)
+    for micro_batches in (1, 3, 4, 7, 8, 10, 12):
+        check_schedule(interleaved, micro_batches)
+    with pytest.raises(ValueError, match=r"cannot arrange 9 micro-batches .* make them 8 or 10"):
+        check_schedule(interleaved, 9)
+    check_schedule(ParallelConfig(pp=4), 9)

@@ -1,0 +1,1 @@
+"""Pipeline parallelism on DeepSpeed's PipelineModule and PipelineEngine."""

@@ -1,0 +1,122 @@
+"""Pipeline stages train like one process: same updates, skipped steps, evaluation and resume."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megavideo.config.schema import Config
+from megavideo.engine.build import build_engine
+from megavideo.engine.errors import RunFailed
+from megavideo.engine.snapshot import save_checkpoint
+from megavideo.engine.world import World, join_world
+from megavideo.model.build import canonical_parameters
+from tests.engine import support
+from tests.engine.support import FINGERPRINT, MODEL, Golden, batch_at, micro_batches
+from tests.engine.test_nonfinite import assert_leaves_no_trace
+from tests.engine.test_parity import ADAMW, LOSS_TOLERANCE, SGD, assert_trains_like_golden
+from tests.engine.test_resume import DROPOUT
+from tests.engine.test_two_ranks import assert_resumes
+from tests.world import run_world
+
+DEEP = MODEL.model_copy(update={"layers": 4})
+TWO_STAGES = {"pp": 2, "zero": 1}
+
+
+def config(folder: Path, *settings: dict[str, Any]) -> Config:
+    """As support.config, with a model deep enough to be cut."""
+    return support.config(folder, *settings, model=DEEP)
+
+
+@pytest.mark.slow
+def test_two_stages_train_skip_evaluate_and_resume_like_one(world: World, tmp_path: Path) -> None:
+    # One world for all: starting one costs as much as everything that it does here.
+    alone = build_engine(config(tmp_path / "moved"), world, FINGERPRINT)
+    alone.train_batch(micro_batches(0))
+    save_checkpoint(alone, config(tmp_path / "moved"), FINGERPRINT)
+    loss = alone.train_batch(micro_batches(8)).loss
+    run_world(_on_two_stages, 2, tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["frozen"] == alone.frozen.digest
+    assert told["loss"] == pytest.approx(loss, rel=LOSS_TOLERANCE)
+    back = build_engine(config(tmp_path / "moved"), world, FINGERPRINT)
+    assert back.progress.updates == 2
+    again = back.train_batch(micro_batches(16)).loss
+    assert told["next loss"] == pytest.approx(again, rel=LOSS_TOLERANCE)
+
+
+def _on_two_stages(rank: int, folder: Path) -> None:
+    world = join_world(1.0, config(folder, {}, {}, TWO_STAGES).parallel)
+    for number, (optimizer, layout) in enumerate(
+        [
+            (SGD, {"pp": 2, "zero": 0}),
+            (ADAMW, {"pp": 2, "zero": 0}),
+            (SGD, TWO_STAGES),
+            (ADAMW, {**TWO_STAGES, "recompute": "layer", "partition": (2, 4)}),
+        ]
+    ):
+        run = folder / f"parity-{number}"
+        assert_trains_like_golden(config(run, {}, optimizer, layout), world)
+    for precision, zero in (("fp32", 0), ("fp32", 1), ("bf16", 1)):
+        layout = {"pp": 2, "zero": zero}
+        run = folder / f"{precision}-{zero}"
+        assert_leaves_no_trace(precision, layout, world, run / "skip", math.inf)
+        recipe = {**DROPOUT, "precision": precision}
+        assert_resumes(world, config(run / "resume", recipe, {}, {**layout, "recompute": "layer"}))
+    _assert_evaluates(world, folder / "evaluate")
+    _assert_catches_a_changed_frozen_weight(world, folder / "tripwire")
+    _go_on_with_a_run_of_one_process(world, folder)
+
+
+def _assert_evaluates(world: World, folder: Path) -> None:
+    """Without dropout, before and after a step; every rank is told."""
+    settings = config(folder, DROPOUT, {**SGD, "lr": 1e-30}, TWO_STAGES)  # weights stay
+    engine, golden = build_engine(settings, world, FINGERPRINT), Golden(settings)
+    golden.model.eval()
+    expected = golden.objective(golden.model, batch_at(range(100, 102))).detach()
+    for _ in range(2):
+        with engine.evaluating():
+            losses = engine.frame_losses(batch_at(range(100, 102)))
+        torch.testing.assert_close(losses, expected, rtol=LOSS_TOLERANCE, atol=0)
+        engine.train_batch(micro_batches(0))
+
+
+def _assert_catches_a_changed_frozen_weight(world: World, folder: Path) -> None:
+    settings = config(folder, {}, {}, TWO_STAGES)
+    engine = build_engine(settings, world, FINGERPRINT)
+    name = "layers.3.mlp.up.weight"
+    held = canonical_parameters(engine._home.module)
+    assert (name in held) == (world.rank == 1), "each stage holds its own layers only"
+    with torch.no_grad():
+        if name in held:
+            held[name].view(-1)[7] += 1e-3
+    with pytest.raises(RunFailed, match=f"changed during training: {name}"):
+        save_checkpoint(engine, settings, FINGERPRINT)
+
+
+def _go_on_with_a_run_of_one_process(world: World, folder: Path) -> None:
+    settings = config(folder / "moved", {}, {}, TWO_STAGES)
+    engine = build_engine(settings, world, FINGERPRINT)
+    told = {"frozen": engine.frozen.digest, "loss": engine.train_batch(micro_batches(8)).loss}
+    save_checkpoint(engine, settings, FINGERPRINT)
+    told["next loss"] = engine.train_batch(micro_batches(16)).loss
+    if world.rank == 0:
+        (folder / "told.json").write_text(json.dumps(told))
+
+
+@pytest.mark.slow
+def test_stages_and_replicas_together_train_like_one_process(tmp_path: Path) -> None:
+    run_world(_on_two_replicas_of_two_stages, 4, tmp_path)
+
+
+def _on_two_replicas_of_two_stages(rank: int, folder: Path) -> None:
+    world = join_world(1.0, config(folder, {}, {}, TWO_STAGES).parallel)
+    for zero in (0, 1):
+        settings = config(folder / f"parity-{zero}", {}, ADAMW, {"pp": 2, "zero": zero})
+        assert_trains_like_golden(settings, world)
+    harm = math.nan if world.mesh.dp.rank == 1 else 0.0  # one replica's loss makes both skip
+    assert_leaves_no_trace("fp32", TWO_STAGES, world, folder / "skip", harm)
+    assert_resumes(world, config(folder / "resume", DROPOUT, {}, TWO_STAGES))
