@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def fsync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_dir(path: Path) -> None:
     """Make renames and new names inside folder `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -28,8 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(temporary)
         os.replace(temporary, path)
         fsync_dir(path.parent)
     finally:

@@ -1,6 +1,6 @@
 """Digests of tensors, and safetensors files opened for reading."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,11 @@ class TensorSpec:
         """Bytes of the values."""
         return self.dtype.itemsize * prod(self.shape)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: of all that has the same first index."""
+        return self.dtype.itemsize * prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -44,6 +49,28 @@ def tensor_entry(tensor: Tensor) -> TensorEntry:
     """Describe `tensor` (any device); the digest is XXH3-128 of its bytes in row-major order."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorEntry(dtype, tuple(tensor.shape), xxhash.xxh3_128_hexdigest(raw_bytes(tensor)))
+
+
+class RunningEntry:
+    """Describes a tensor whose rows come one block after another."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+        self._rows = 0
+
+    def over(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Pass the blocks on, all of which make the tensor."""
+        for block in blocks:
+            self._digest.update(raw_bytes(block))
+            self._rows += len(block)
+            self._last = block
+            yield block
+
+    def entry(self) -> TensorEntry:
+        """What `tensor_entry` would say of the whole tensor."""
+        dtype = str(self._last.dtype).removeprefix("torch.")
+        shape = (self._rows, *self._last.shape[1:])
+        return TensorEntry(dtype, shape, self._digest.hexdigest())
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

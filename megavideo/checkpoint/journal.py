@@ -1,11 +1,15 @@
-"""What an interrupted conversion has finished: a note a group of files, trusted after a check."""
+"""What an interrupted conversion has finished: a note for each group of files.
 
+A note says how long each file is and when it was last written. It is made once the files are on the
+disk, so a file that still is so has what was written to it.
+"""
+
+import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-
-import xxhash
 
 from megavideo.checkpoint.files import TensorEntry
 from megavideo.checkpoint.formats.interface import Group
@@ -13,7 +17,6 @@ from megavideo.checkpoint.manifest import entries_from_json, read_sealed, write_
 from megavideo.log import log
 
 FORMAT = "megavideo-journal-1"
-CHUNK = 1 << 22
 
 
 class Journal:
@@ -34,19 +37,27 @@ class Journal:
         write_sealed(start, FORMAT, {"identity": identity})
 
     def note(self, group: Group, entries: Mapping[str, TensorEntry]) -> None:
-        """Note that the files of `group`, which are durable, hold `entries`."""
-        files = {file: file_digest(self.folder / file) for file in group.files}
-        tensors = {name: asdict(entry) for name, entry in entries.items()}
-        write_sealed(self._path(group), FORMAT, {"files": files, "tensors": tensors})
+        """Note that the files of `group`, which are durable, hold `entries`.
+
+        The note itself need not be durable: without it, the files are written again.
+        """
+        body = {
+            "files": {file: _mark(self.folder / file) for file in group.files},
+            "tensors": {name: asdict(entry) for name, entry in entries.items()},
+        }
+        temporary = self._path(group).with_suffix(".tmp")
+        temporary.write_text(json.dumps(body))
+        os.replace(temporary, self._path(group))
 
     def finished(self, group: Group) -> dict[str, TensorEntry] | None:
         """What the files of `group` hold, if they are noted and unchanged."""
-        if not self._path(group).is_file():
+        try:
+            body = json.loads(self._path(group).read_bytes())
+        except (FileNotFoundError, ValueError):  # never written, or lost with the power
             return None
-        body = read_sealed(self._path(group), FORMAT)
-        for file, digest in body["files"].items():
+        for file, mark in body["files"].items():
             path = self.folder / file
-            if not path.is_file() or file_digest(path) != digest:
+            if not path.is_file() or _mark(path) != mark:
                 log.warning("%s is not as it was finished; writing it again", path)
                 return None
         return entries_from_json(body["tensors"])
@@ -56,13 +67,9 @@ class Journal:
         shutil.rmtree(self._notes)
 
     def _path(self, group: Group) -> Path:
-        return self._notes / f"{group.files[0].replace('/', ' ')}.json"
+        return self._notes / f"{group.files[0].replace('/', '+')}.json"
 
 
-def file_digest(path: Path) -> str:
-    """XXH3-128 of a file's bytes, read piece by piece."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+def _mark(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -17,7 +17,8 @@ import xxhash
 from torch import Tensor
 
 from megavideo.checkpoint.files import raw_bytes
-from megavideo.checkpoint.tensor_stream import DTYPES, TensorSpec, file_order, header_bytes
+from megavideo.checkpoint.tensor_stream import DTYPES, Sink, TensorSpec, file_order, header_bytes
+from megavideo.files import fsync_file
 
 BLOCK = 1 << 20
 DIGEST = 32  # hexadecimal digits
@@ -25,32 +26,42 @@ BAND = 16 * BLOCK  # what reading columns holds at a time
 DIGESTS = "xxh3-128 of "
 
 
+class PartSink(Sink):
+    """A part file whose tensors grow row by row, each at its own place; threads may share it."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorSpec]):
+        empty = {name: "0" * DIGEST * _count(spec) for name, spec in tensors.items()}
+        length = len(_header(tensors, empty))  # the digests come last
+        offsets = _offsets(tensors, length)
+        super().__init__(path, {name: (offsets[name], tensors[name]) for name in tensors})
+        self._tensors = tensors
+        self._digests = {name: _BlockDigests() for name in tensors}
+
+    def append(self, name: str, rows: Tensor) -> None:
+        super().append(name, rows)
+        self._digests[name].update(raw_bytes(rows))
+
+    def close(self) -> None:
+        digests = {name: running.finished() for name, running in self._digests.items()}
+        self._put(0, _header(self._tensors, digests))
+        super().close()
+
+
 @contextmanager
 def part_writer(
     path: Path, tensors: Mapping[str, TensorSpec]
 ) -> Iterator[Callable[[str, Tensor], None]]:
-    """Yield `write(name, tensor)`, to be called once for each of `tensors`, in `file_order`.
+    """Yield `write(name, tensor)`, to be called once for each of `tensors`.
 
     The file is fsynced at the end, but not renamed into place: its folder is the caller's matter.
     """
-    waiting = iter(file_order(tensors))
-    digests = {name: "0" * DIGEST * _count(spec) for name, spec in tensors.items()}
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file, memoryview(_header(tensors, digests)))  # its length; digests come later
-
-        def write(name: str, tensor: Tensor) -> None:
-            assert name == next(waiting), f"{name} is out of order"
-            found = TensorSpec(tensor.dtype, tuple(tensor.shape))
-            assert found == tensors[name], f"{name}: {found}, announced {tensors[name]}"
-            content = raw_bytes(tensor)
-            digests[name] = "".join(map(_digest, _blocks(content)))
-            _write_all(file, content)
-
-        yield write
-        assert next(waiting, None) is None, f"{path} lacks tensors"
-        file.seek(0)
-        _write_all(file, memoryview(_header(tensors, digests)))
-        os.fsync(file.fileno())
+    sink = PartSink(path, tensors)
+    try:
+        yield lambda name, tensor: sink.append(name, tensor if tensor.dim() else tensor.reshape(1))
+        sink.close()
+    finally:
+        sink.abandon()
+    fsync_file(path)
 
 
 def write_part_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -160,6 +171,34 @@ class PartFile:
             raise ValueError(f"{self.path} is damaged: {name} differs from its digest")
 
 
+class _BlockDigests:
+    """Digests of BLOCK bytes each, of content that comes in pieces of any length."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._begun = xxhash.xxh3_128()
+        self._room = BLOCK
+
+    def update(self, content: memoryview) -> None:
+        while len(content):
+            piece = content[: self._room]
+            self._begun.update(piece)
+            self._room -= len(piece)
+            content = content[len(piece) :]
+            if self._room == 0:
+                self._next()
+
+    def finished(self) -> str:
+        if self._room < BLOCK:
+            self._next()
+        return "".join(self._done)
+
+    def _next(self) -> None:
+        self._done.append(self._begun.hexdigest())
+        self._begun.reset()
+        self._room = BLOCK
+
+
 def _header(tensors: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> bytes:
     return header_bytes(tensors, **{DIGESTS + name: digests[name] for name in file_order(tensors)})
 
@@ -188,15 +227,5 @@ def _count(spec: TensorSpec) -> int:
     return -(-spec.nbytes // BLOCK)
 
 
-def _blocks(content: memoryview) -> Iterator[memoryview]:
-    return (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
-
-
 def _digest(block: memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(block)
-
-
-def _write_all(file: BinaryIO, content: memoryview) -> None:
-    """One call writes at most 2 GiB on Linux."""
-    while len(content):
-        content = content[file.write(content) :]

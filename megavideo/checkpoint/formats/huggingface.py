@@ -1,21 +1,29 @@
 """A folder as Hugging Face lays one out: numbered safetensors files and an index of tensors."""
 
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from megavideo.checkpoint.files import TensorEntry, opened
-from megavideo.checkpoint.formats.interface import Group, Reader, Write, Writer, by_layer
+from megavideo.checkpoint.files import TensorEntry
+from megavideo.checkpoint.formats.interface import (
+    Group,
+    OpenGroup,
+    Reader,
+    Writer,
+    assembled,
+    by_layer,
+)
 from megavideo.checkpoint.tensor_stream import (
+    SafetensorsSink,
+    Stored,
     TensorSpec,
-    file_order,
-    read_specs,
-    safetensors_writer,
+    joined,
+    stored_tensors,
 )
 from megavideo.files import atomic_write
+from megavideo.parallel.shard import REPLICATED
 
 INDEX = "model.safetensors.index.json"
 
@@ -28,21 +36,24 @@ class HuggingFaceReader(Reader):
     def __init__(self, path: Path):
         """Raises: ValueError if index and files do not agree; FileNotFoundError."""
         self.path = path
-        self._file_of = _read_index(path / INDEX)
-        self.tensors = {}
-        names = sorted(set(self._file_of.values()))
+        file_of = _read_index(path / INDEX)
+        self._stored: dict[str, Stored] = {}
+        names = sorted(set(file_of.values()))
         for file in names:
             if not (path / file).is_file():
                 raise FileNotFoundError(f"{path / file} is missing; {INDEX} names it")
-            self.tensors |= read_specs(path / file)
-        odd = sorted(self.tensors.keys() ^ self._file_of.keys())
+            self._stored |= stored_tensors(path / file)
+        self.tensors = {name: stored.spec for name, stored in self._stored.items()}
+        odd = sorted(self.tensors.keys() ^ file_of.keys())
         if odd:
             raise ValueError(f"{path}: {INDEX} and the files disagree about {', '.join(odd)}")
         self.files = [Path(INDEX), *map(Path, names)]
 
     def read(self, name: str) -> Tensor:
-        with opened(self.path / self._file_of[name]) as file:
-            return file.get_tensor(name)
+        return assembled(self.tensors[name], self.blocks(name))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return joined([self._stored[name]], REPLICATED, self.tensors[name])
 
 
 class HuggingFaceWriter(Writer):
@@ -63,22 +74,23 @@ class HuggingFaceWriter(Writer):
             bins[-1][name] = tensors[name]
             room -= tensors[name].nbytes
         return [
-            Group((f"model-{number:05d}-of-{len(bins):05d}.safetensors",), tuple(file_order(held)))
+            Group((f"model-{number:05d}-of-{len(bins):05d}.safetensors",), tuple(held))
             for number, held in enumerate(bins, 1)
         ]
 
-    def writing(
-        self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]
-    ) -> AbstractContextManager[Write]:
+    def open(self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]) -> OpenGroup:
         held = {name: tensors[name] for name in group.tensors}
-        return safetensors_writer(folder / group.files[0], held)
+        return OpenGroup([SafetensorsSink(folder / group.files[0], held)])
 
     def finish(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
         files = sorted(folder.glob("model-*.safetensors"))
-        specs = {file.name: read_specs(file) for file in files}
+        held = {file.name: stored_tensors(file) for file in files}
+        size = sum(stored.spec.nbytes for tensors in held.values() for stored in tensors.values())
         index = {
-            "metadata": {"total_size": sum(s.nbytes for f in specs.values() for s in f.values())},
-            "weight_map": {name: file for file, held in specs.items() for name in sorted(held)},
+            "metadata": {"total_size": size},
+            "weight_map": {
+                name: file for file, tensors in held.items() for name in sorted(tensors)
+            },
         }
         with atomic_write(folder / INDEX) as file:
             file.write(json.dumps(index, indent=2).encode())

@@ -4,21 +4,21 @@ Tensors go by canonical parameter names; optimizer moments by `NAME.exp_avg`, `N
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megavideo.checkpoint.files import TensorEntry
 from megavideo.checkpoint.manifest import Training
-from megavideo.checkpoint.tensor_stream import TensorSpec
+from megavideo.checkpoint.tensor_stream import Sink, TensorSpec, scatter, steps
 from megavideo.model.table import expected_shapes, layer_of, shard_named
 from megavideo.parallel.shard import Shard, cut
 
 MOMENTS = (".exp_avg", ".exp_avg_sq")
-Write = Callable[[str, Tensor], None]
 
 
 class Source(ABC):
@@ -31,6 +31,19 @@ class Source(ABC):
 
     path: Path
     tensors: dict[str, TensorSpec]
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The whole tensor as blocks of rows in order, on the CPU; from any thread.
+
+        A block is good until the next one is asked for.
+
+        Raises: ValueError if it is damaged, with the last block at the latest.
+        """
+        start = 0
+        spec = self.tensors[name]
+        for count in steps(spec.shape[0], spec.row_bytes):
+            yield self.read_part(name, 0, 1, start, start + count)
+            start += count
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -75,14 +88,23 @@ class Reader(Source):
         format: its name for people.
         files: every file that it is made of, relative to `path`.
         training: progress, configuration and so on of a training run; None for bare weights.
+        heads: attention heads, where the checkpoint says it.
     """
 
     format: str
     files: list[Path]
     training: Training | None = None
 
+    @property
+    def heads(self) -> int | None:
+        return None if self.training is None else self.training.config["model"]["heads"]
+
+    def resident(self, name: str) -> int:
+        """Bytes of `name` that `blocks` holds at a time beyond the blocks themselves."""
+        return 0
+
     def verify_files(self) -> None:
-        """Check what `read` does not, in a format without digests.
+        """Check what reading every tensor does not.
 
         Raises: ValueError if a file is damaged.
         """
@@ -90,10 +112,36 @@ class Reader(Source):
 
 @dataclass(frozen=True)
 class Group:
-    """Files that are written together, in one pass over `tensors`."""
+    """Files that are written together, and the tensors of which they hold parts."""
 
     files: tuple[str, ...]
     tensors: tuple[str, ...]
+
+
+class OpenGroup:
+    """The files of a group while they are written: each is a rank's, and gets the rank's parts.
+
+    A tensor that is not cut goes into every file that has a place for it.
+    """
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self.sinks = sinks
+
+    def write(self, name: str, spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
+        """Take a whole tensor as blocks of rows. Threads may write different tensors."""
+        holders = [sink for sink in self.sinks if name in sink]
+        appends = [partial(sink.append, name) for sink in holders]
+        scatter(blocks, shard_for(name), spec, appends)
+
+    def close(self) -> None:
+        """Finish the files; all tensors are there."""
+        for sink in self.sinks:
+            sink.close()
+
+    def abandon(self) -> None:
+        """Let go of the files, whatever they hold."""
+        for sink in self.sinks:
+            sink.abandon()
 
 
 class Writer(ABC):
@@ -109,10 +157,12 @@ class Writer(ABC):
         """
 
     @abstractmethod
-    def writing(
-        self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]
-    ) -> AbstractContextManager[Write]:
-        """Yield `write(name, whole tensor)`, called in the group's order; files end fsynced."""
+    def open(self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]) -> OpenGroup:
+        """Begin the files of `group`; their folders exist."""
+
+    def resident(self, name: str, spec: TensorSpec) -> int:
+        """Bytes of `name` that writing it holds at a time beyond a block of rows."""
+        return 0
 
     @abstractmethod
     def finish(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
@@ -142,6 +192,16 @@ def by_layer(names: Iterable[str]) -> dict[str, list[str]]:
     for name in sorted(names, key=_position):
         layers.setdefault(layer_of(name), []).append(name)
     return layers
+
+
+def assembled(spec: TensorSpec, blocks: Iterable[Tensor]) -> Tensor:
+    """The whole tensor in memory."""
+    whole = torch.empty(spec.shape, dtype=spec.dtype)
+    start = 0
+    for block in blocks:
+        whole[start : start + len(block)] = block
+        start += len(block)
+    return whole
 
 
 def check_whole(reader: Reader) -> None:

@@ -1,7 +1,6 @@
 """Training runs: what was trained and its moments in a checkpoint, the frozen base beside it."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +10,7 @@ from torch import Tensor
 from megavideo.checkpoint.base import base_path, open_base
 from megavideo.checkpoint.commit import LATEST, checkpoints_of, folder_name, run_of
 from megavideo.checkpoint.files import TensorEntry
-from megavideo.checkpoint.formats.interface import Group, Reader, Write, Writer, is_moment
+from megavideo.checkpoint.formats.interface import Group, OpenGroup, Reader, Writer, is_moment
 from megavideo.checkpoint.formats.sharded import WEIGHTS_MANIFEST, ShardedWriter
 from megavideo.checkpoint.manifest import MANIFEST, Training, read_manifest, write_manifest
 from megavideo.checkpoint.parts import Parts
@@ -79,13 +78,8 @@ class RunWriter(Writer):
             for group in self._parts.groups(held)
         ]
 
-    def writing(
-        self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]
-    ) -> AbstractContextManager[Write]:
-        inner = Path(group.files[0]).parent
-        (folder / inner).mkdir(parents=True, exist_ok=True)
-        plain = Group(tuple(Path(file).name for file in group.files), group.tensors)
-        return self._parts.writing(folder / inner, plain, tensors)
+    def open(self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]) -> OpenGroup:
+        return self._parts.open(folder, group, tensors)
 
     def finish(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
         for inner, held in self._by_folder(entries).items():

@@ -4,23 +4,25 @@ One file a model-parallel rank. Nothing is unpickled but tensors and the few typ
 states hold.
 """
 
-import pickle
 import re
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
 from numpy._core.multiarray import _reconstruct
 from numpy.dtypes import UInt32DType
 from torch import Tensor
 
-from megavideo.checkpoint.formats.interface import Reader
-from megavideo.checkpoint.tensor_stream import TensorSpec
+from megavideo.checkpoint.formats.interface import Reader, assembled
+from megavideo.checkpoint.formats.pt_stream import (
+    PtFile,
+    check_same_names,
+    named_errors,
+    whole_spec,
+)
+from megavideo.checkpoint.tensor_stream import joined
 from megavideo.model.table import shard_named
-from megavideo.parallel.shard import join, whole_shape
 
 # SAT's name of a tensor -> our canonical one. Layer numbers stand for {i}.
 NAMES = {
@@ -80,53 +82,42 @@ def sat_name(canonical: str) -> str:
 
 
 class SatReader(Reader):
-    """Reads whole tensors out of one file a model-parallel rank. The format has no digests.
-
-    What was read of a memory-mapped file counts as this process's memory until the map is dropped;
-    so the files are mapped anew whenever as many bytes were read as the largest tensor has.
-    """
+    """Reads one file a model-parallel rank, checking each tensor's checksum in the zip archive."""
 
     format = "sat"
 
     def __init__(self, path: Path):
         """Raises: ValueError if it is not whole, or its ranks do not fit each other."""
         self.path = path
-        self._ranks = _load(path)
-        self.tensors = {name: self._spec(name) for name in self._ranks[0]}
-        self._largest = max((spec.nbytes for spec in self.tensors.values()), default=0)
-        self._mapped = 0
-        self._lock = Lock()
-        self.files = [file.relative_to(path) for file in _rank_files(_iteration(path))]
+        files = _complete(path)
+        self._ranks = [PtFile(file, SAFE_TYPES) for file in files]
+        self._modules = [_module(rank) for rank in self._ranks]
+        check_same_names(files, self._modules)
+        ranks = list(zip(self._ranks, self._modules, strict=True))
+        self._parts = {
+            name: [rank.stored(module[name]) for rank, module in ranks] for name in self._modules[0]
+        }
+        self.tensors = {name: whole_spec(path, name, p) for name, p in self._parts.items()}
+        self.files = [file.relative_to(path) for file in files]
         if (path / "latest").is_file():
             self.files.append(Path("latest"))
 
     def read(self, name: str) -> Tensor:
-        with self._lock:
-            self._mapped += self.tensors[name].nbytes
-            if self._mapped > self._largest:
-                self._ranks = _load(self.path)
-                self._mapped = self.tensors[name].nbytes
-            whole = _join(self._ranks, name, self.path)
-            is_copy = len(self._ranks) > 1 and shard_named(name).dim is not None
-            return whole if is_copy else whole.clone()
+        return assembled(self.tensors[name], self.blocks(name))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        blocks = joined(self._parts[name], shard_named(name), self.tensors[name])
+        return named_errors(blocks, f"{self.path}: {name}")
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor; memory-mapped and not checked if no two ranks' parts are to be joined."""
+        if len(self._ranks) > 1 and shard_named(name).dim is not None:
+            return self.read(name)
+        return self._modules[0][name]
 
     def verify_files(self) -> None:
-        """Check the checksums that a .pt file has for being a zip archive."""
-        for file in _rank_files(_iteration(self.path)):
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{file} is damaged: the checksum of its record {damaged} differs")
-
-    def _spec(self, name: str) -> TensorSpec:
-        parts = [rank[name] for rank in self._ranks]
-        if len({part.dtype for part in parts}) > 1:
-            raise ValueError(f"{self.path}: {name} has another type in every rank")
-        try:
-            shape = whole_shape([tuple(part.shape) for part in parts], shard_named(name))
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {name}: {error}") from None
-        return TensorSpec(parts[0].dtype, shape)
+        for rank in self._ranks:
+            rank.verify_rest()
 
 
 def is_sat(folder: Path) -> bool:
@@ -141,19 +132,18 @@ def read_sat(folder: Path) -> dict[str, Tensor]:
 
     Raises: ValueError if the folder is not whole, or its ranks do not fit each other.
     """
-    ranks = _load(folder)
-    return {name: _join(ranks, name, folder) for name in ranks[0]}
+    reader = SatReader(folder)
+    for name in reader.tensors:
+        if shard_named(name).dim is None:
+            reader.read(name)  # ranks that differ are an error
+    return {name: reader.mapped(name) for name in reader.tensors}
 
 
-def _join(ranks: list[dict[str, Tensor]], name: str, folder: Path) -> Tensor:
-    try:
-        return join([rank[name] for rank in ranks], shard_named(name))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {name}: {error}") from None
+def _complete(folder: Path) -> list[Path]:
+    """Every rank's file.
 
-
-def _load(folder: Path) -> list[dict[str, Tensor]]:
-    """Every rank's tensors under canonical names, memory-mapped."""
+    Raises: ValueError if one is missing.
+    """
     files = _rank_files(_iteration(folder))
     wanted = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(max(1, len(files)))]
     lacking = [name for name in wanted if name not in {file.name for file in files}]
@@ -161,25 +151,14 @@ def _load(folder: Path) -> list[dict[str, Tensor]]:
         raise ValueError(
             f"{folder} holds no {lacking[0]}; name the checkpoint folder, with all its files"
         )
-    ranks = [_load_rank(file) for file in files]
-    for file, tensors in zip(files, ranks, strict=True):
-        odd = sorted(tensors.keys() ^ ranks[0].keys())
-        if odd:
-            raise ValueError(f"{file} and {files[0].name} differ in having {', '.join(odd)}")
-    return ranks
+    return files
 
 
-def _load_rank(file: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals(SAFE_TYPES):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"{file} is damaged, or holds more than tensors and random states: {reason}"
-        ) from None
+def _module(rank: PtFile) -> dict[str, Tensor]:
+    """A rank's tensors, without values, under canonical names."""
+    content = rank.content
     if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
-        raise ValueError(f"{file} has no entry `module`; it is no SAT checkpoint")
+        raise ValueError(f"{rank.path} has no entry `module`; it is no SAT checkpoint")
     return {canonical_name(name): tensor for name, tensor in content["module"].items()}
 
 

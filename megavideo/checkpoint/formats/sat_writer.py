@@ -1,19 +1,16 @@
 """SAT checkpoints written: one .pt file a model-parallel rank, all in one pass over the tensors."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from megavideo.checkpoint.files import TensorEntry
-from megavideo.checkpoint.formats.interface import Group, Write, Writer, by_layer, is_moment
-from megavideo.checkpoint.formats.pt_stream import STORAGES, pt_writer
+from megavideo.checkpoint.formats.interface import Group, OpenGroup, Writer, by_layer, is_moment
+from megavideo.checkpoint.formats.pt_stream import STORAGES, PtSink, StandIn
 from megavideo.checkpoint.formats.sat import sat_name
 from megavideo.checkpoint.tensor_stream import TensorSpec
 from megavideo.files import atomic_write, fsync_dir
 from megavideo.model.table import shard_named
-from megavideo.parallel.shard import cut, part_shape
+from megavideo.parallel.shard import part_shape
 
 
 class SatWriter(Writer):
@@ -36,23 +33,14 @@ class SatWriter(Writer):
         files = (f"{self.iteration}/mp_rank_{rank:02d}_model_states.pt" for rank in ranks)
         return [Group(tuple(files), tuple(names))]
 
-    @contextmanager
-    def writing(
-        self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]
-    ) -> Iterator[Write]:
-        (folder / str(self.iteration)).mkdir(exist_ok=True)
-        with ExitStack() as stack:
-            writes = []
-            for rank, file in enumerate(group.files):
-                parts = {sat_name(n): self._part(n, tensors[n], rank) for n in group.tensors}
-                writer = pt_writer(folder / file, parts, {"iteration": self.iteration})
-                writes.append(stack.enter_context(writer))
-
-            def write(name: str, whole: Tensor) -> None:
-                for rank, write_part in enumerate(writes):
-                    write_part(sat_name(name), cut(whole, shard_named(name), rank, self.tp))
-
-            yield write
+    def open(self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]) -> OpenGroup:
+        sinks = []
+        for rank, file in enumerate(group.files):
+            parts = {n: StandIn(n, self._part(n, tensors[n], rank)) for n in group.tensors}
+            module = {sat_name(name): part for name, part in parts.items()}
+            content = {"iteration": self.iteration, "module": module}
+            sinks.append(PtSink(folder / file, content))
+        return OpenGroup(sinks)
 
     def finish(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
         fsync_dir(folder / str(self.iteration))

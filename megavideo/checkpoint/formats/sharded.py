@@ -7,19 +7,15 @@ FOLDER/weights.json                                      the manifest, written l
 It differs from a run's checkpoint in holding all weights, the frozen ones too.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from megavideo.checkpoint.files import TensorEntry, combined_digest
-from megavideo.checkpoint.formats.interface import Group, Reader, Write, Writer, shard_for
+from megavideo.checkpoint.formats.interface import Group, OpenGroup, Reader, Writer
 from megavideo.checkpoint.manifest import Manifest, Training, read_manifest, write_manifest
-from megavideo.checkpoint.part_file import part_writer, seal_of
+from megavideo.checkpoint.part_file import PartSink, seal_of
 from megavideo.checkpoint.parts import Parts, file_of, files_of, parts_of, sets_of
 from megavideo.checkpoint.tensor_stream import TensorSpec, file_order
-from megavideo.parallel.shard import cut
 
 WEIGHTS_MANIFEST = "weights.json"
 
@@ -54,23 +50,14 @@ class ShardedWriter(Writer):
             groups.append(Group(tuple(files), tuple(names)))
         return groups
 
-    @contextmanager
-    def writing(
-        self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]
-    ) -> Iterator[Write]:
+    def open(self, folder: Path, group: Group, tensors: Mapping[str, TensorSpec]) -> OpenGroup:
         held = {name: tensors[name] for name in group.tensors}
-        with ExitStack() as stack:
-            writes = {
-                rank: stack.enter_context(part_writer(folder / file, parts_of(held, rank, self.tp)))
+        return OpenGroup(
+            [
+                PartSink(folder / file, parts_of(held, rank, self.tp))
                 for rank, file in zip(self._ranks(held), group.files, strict=True)
-            }
-
-            def write(name: str, whole: Tensor) -> None:
-                shard = shard_for(name)
-                for rank in range(self.tp if shard.dim is not None else 1):
-                    writes[rank](name, cut(whole, shard, rank, self.tp))
-
-            yield write
+            ]
+        )
 
     def finish(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
         write_manifest(folder / WEIGHTS_MANIFEST, self.manifest(folder, entries))

@@ -1,5 +1,6 @@
 """Checkpoints of a tiny model for the tests of this folder; SAT's layout written independently."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from megavideo.checkpoint.formats.sharded import ShardedWriter
 from megavideo.checkpoint.manifest import Manifest, Progress, Training
 from megavideo.checkpoint.part_file import write_part_file
 from megavideo.checkpoint.parts import files_of
+from megavideo.checkpoint.tensor_stream import blocks_of
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.model.table import parameter_table
 from megavideo.model.trainable import is_trainable
@@ -63,6 +65,9 @@ class Held(Reader):
 
     def read(self, name: str) -> Tensor:
         return self.held[name]
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return blocks_of(self.held[name])
 
 
 def sat_part(name: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
