@@ -74,6 +74,10 @@ COMMANDS = {
         "megavideo.analysis.command:main",
         "Plot how a trained model uses its two channels.",
     ),
+    "evaluate-videos": (
+        "megavideo.metrics.command:main",
+        "FVD and Inception Score of generated clips, by networks that you name.",
+    ),
     "benchmark": (
         "megavideo.benchmark.command:main",
         "Measure speed beside that of alternatives.",

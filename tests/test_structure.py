@@ -22,6 +22,7 @@ ALLOWED = {
     "engine": {"config", "layout", "model", "parallel", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
     "doctor": {"config", "ops", "model", "engine"},
+    "metrics": {"data"},
     "superres": {"config", "layout", "ops", "model", "sampling", "data", "checkpoint"},
     "analysis": {"config", "layout", "ops", "model", "data", "checkpoint", "engine"},
     "generate": {
