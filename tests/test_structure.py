@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoint": {"config", "model", "parallel"},
     "engine": {"config", "layout", "model", "parallel", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
+    "launch": {"cli"},
     "doctor": {"config", "ops", "model", "engine"},
     "metrics": {"data"},
     "superres": {"config", "layout", "ops", "model", "sampling", "data", "checkpoint"},

@@ -33,14 +33,25 @@ from megavideo.train.record import Recorder
 @config_arguments
 @click.option("--fresh", is_flag=True, help="Refuse to go on with a run that has a checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print layout, counts and batch arithmetic; exit.")
-def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_run: bool) -> None:
+@click.option(
+    "--stopped-status", type=click.IntRange(0, 255), default=0, show_default=True,
+    envvar="MEGAVIDEO_STOPPED_STATUS", show_envvar=True,
+    help="Exit status of a run that a signal ended early, for schedulers to which 0 means done.",
+)  # fmt: skip
+def main(
+    files: tuple[str, ...],
+    assignments: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    stopped_status: int,
+) -> None:
     """Train a model, or go on with a run: run.directory's checkpoint is resumed if it has one.
 
     A resumed run draws the samples that an unbroken one would have drawn. SIGTERM and Ctrl-C
     finish the step, save, and exit with status 0. Metrics go to metrics.jsonl and tensorboard/ in
     the run's folder. Several processes are started by torchrun; parallel.pp x parallel.tp of them
     are one replica of the model. A signal to torchrun reaches them all, but torchrun itself then
-    exits with 1.
+    exits with 1; launch/local.sh and its like keep the status.
 
     \b
     Example:
@@ -56,7 +67,8 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
     if fresh:
         world.from_rank_zero(lambda: _refuse_checkpoints(Path(config.run.directory)))
     try:
-        train(_open_run(config, world))
+        run = _open_run(config, world)
+        train(run)
     except RunFailed as error:
         if world.rank:
             sys.exit(1)  # rank 0 says the same
@@ -66,6 +78,8 @@ def main(files: tuple[str, ...], assignments: tuple[str, ...], fresh: bool, dry_
             raise
         raise click.ClickException(_loss_of_rank(error, world, config)) from error
     torch.distributed.destroy_process_group()
+    if run.step < config.recipe.steps:
+        sys.exit(stopped_status)
 
 
 def _loss_of_rank(error: RuntimeError, world: World, config: Config) -> str:
