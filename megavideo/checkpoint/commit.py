@@ -161,6 +161,9 @@ def candidates_of(run: Path) -> list[Path]:
         if everything:
             log.warning("%s/%s names no checkpoint", checkpoints_of(run), LATEST)
         return everything
+    if latest != everything[0]:
+        older = checkpoints_of(run) / LATEST
+        log.warning("%s names %s, not the newest, %s", older, latest.name, everything[0].name)
     return [latest, *(folder for folder in everything if folder != latest)]
 
 
@@ -176,7 +179,7 @@ def _named_latest(run: Path) -> Path | None:
     path = checkpoints_of(run) / LATEST
     if not path.is_file():
         return None
-    return checkpoints_of(run) / path.read_text(errors="replace").strip()
+    return checkpoints_of(run) / path.read_text(errors="replace").rstrip("\n")
 
 
 def _discard(folder: Path) -> None:

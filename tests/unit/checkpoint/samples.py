@@ -99,7 +99,7 @@ def write_run(
     """A run with one checkpoint more and its frozen base; gives all tensors of it."""
     tensors = weights(stage)
     frozen = {n: t for n, t in tensors.items() if not is_trainable(n, stage)}
-    trained = {n: t.float() for n, t in tensors.items() if n not in frozen}
+    trained = {n: t.float() + step for n, t in tensors.items() if n not in frozen}
     moments = {f"{n}{m}": t + len(m) for n, t in trained.items() for m in MOMENTS}
     digest = combined_digest(entries_of(frozen)) if frozen else None
     if digest:
