@@ -1,6 +1,6 @@
-"""Loss on held-out samples, the same for every number of ranks."""
+"""Loss and accuracy on held-out samples, the same for every number of ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,27 @@ def held_out_loss(
     Args:
         batches: this rank's (batch, samples that count); every rank must have as many.
     """
+    means, samples = held_out_means(frame_losses, batches, world)
+    return HeldOut(sum(means) / len(means), means, samples)
+
+
+def held_out_means(
+    measure: Callable[[Batch], Tensor], batches: Iterable[tuple[Batch, int]], world: World
+) -> tuple[tuple[float, ...], int]:
+    """Means of what `measure` gives of a batch (a vector), as in `held_out_loss`; and samples."""
     parts = []
     for batch, count in batches:
-        losses = frame_losses(batch).double()
-        parts.append(torch.cat([losses, losses.new_ones(1)]) * count)
+        values = measure(batch).double()
+        parts.append(torch.cat([values, values.new_ones(1)]) * count)
     *sums, samples = world.total(torch.stack(parts).sum(dim=0)).tolist()
-    means = tuple(total / samples for total in sums)
-    return HeldOut(sum(means) / len(means), means, int(samples))
+    return tuple(total / samples for total in sums), int(samples)
+
+
+def frame_accuracies(logits: Tensor, image: Tensor, frames: Sequence[int]) -> Tensor:
+    """Share of each loss frame's tokens whose likeliest code is right, float32 [loss frames].
+
+    Args:
+        logits: [B, loss frames, N, codes], the head's; image: int64 [B, F, N].
+    """
+    right = logits.argmax(-1) == image[:, list(frames)]
+    return right.float().mean(dim=(0, 2))

@@ -1,4 +1,4 @@
-"""`megavideo evaluate`: the held-out loss of a checkpoint, with right or with shuffled captions."""
+"""`megavideo evaluate`: a checkpoint on held-out data, with right or with shuffled captions."""
 
 import json
 from functools import partial
@@ -6,17 +6,18 @@ from pathlib import Path
 
 import click
 import torch
+from torch import Tensor, nn
 
 from megavideo.checkpoint.sources import find_checkpoint
 from megavideo.config.command import config_arguments
 from megavideo.config.schema import Config
-from megavideo.data.batch import BatchStream, open_stream
+from megavideo.data.batch import Batch, BatchStream, open_stream
 from megavideo.engine.objective import Objective
 from megavideo.engine.weights import load_model
 from megavideo.engine.world import World, join_world
 from megavideo.files import atomic_write
 from megavideo.train.command import load_on_all_ranks
-from megavideo.train.evaluate import HeldOut, held_out_loss
+from megavideo.train.evaluate import frame_accuracies, held_out_means
 from megavideo.train.metrics import by_frame
 
 
@@ -38,7 +39,11 @@ def main(
     shuffle_captions: bool,
     output: Path | None,
 ) -> None:
-    """Print the loss of a checkpoint on run.evaluate_samples samples of data.validation.
+    """Measure a checkpoint on run.evaluate_samples samples of data.validation.
+
+    Prints, for all frames that carry loss in the recipe's stage and for each, the cross-entropy in
+    nats and the share of tokens whose likeliest code is right. `megavideo evaluate-videos` measures
+    videos.
 
     \b
     Example:
@@ -49,13 +54,12 @@ def main(
     world = join_world(config.run.timeout_minutes)
     folder = world.from_rank_zero(lambda: _find(checkpoint))
     stream = world.first_on_rank_zero(lambda: _open_stream(config))
-    held_out, frames = evaluate_checkpoint(config, folder, stream, shuffle_captions, world)
+    scores = evaluate_checkpoint(config, folder, stream, shuffle_captions, world)
     result = {
         "checkpoint": str(folder),
+        "stage": config.recipe.stage,
         "captions": "shuffled" if shuffle_captions else "right",
-        "samples": held_out.samples,
-        "loss": held_out.loss,
-        **by_frame("loss", frames, held_out.frame_losses),
+        **scores,
     }
     if world.rank == 0:
         _report(result, output)
@@ -64,8 +68,8 @@ def main(
 
 def evaluate_checkpoint(
     config: Config, checkpoint: Path, stream: BatchStream, shuffle_captions: bool, world: World
-) -> tuple[HeldOut, tuple[int, ...]]:
-    """Held-out loss of `checkpoint`, computed in recipe.precision, and its frames' numbers."""
+) -> dict[str, int | float]:
+    """Samples, loss and accuracy of `checkpoint`, computed in recipe.precision, and by frame."""
     model = load_model(config, checkpoint, world.device)
     objective = Objective(config.model, config.recipe, world.device)
     batches = stream.held_out_batches(
@@ -76,7 +80,20 @@ def evaluate_checkpoint(
         shuffle_captions,
     )
     with torch.no_grad():
-        return held_out_loss(partial(objective, model), batches, world), tuple(objective.frames)
+        means, samples = held_out_means(partial(_measure, objective, model), batches, world)
+    count = len(objective.frames)
+    scores: dict[str, int | float] = {"samples": samples}
+    for name, values in (("loss", means[:count]), ("accuracy", means[count:])):
+        scores |= {name: sum(values) / count, **by_frame(name, objective.frames, values)}
+    return scores
+
+
+def _measure(objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
+    """Losses of the frames that carry loss, then their accuracies."""
+    text, text_length, image = objective.inputs(batch)
+    logits = model((text, text_length, image))
+    accuracies = frame_accuracies(logits, image, objective.frames)
+    return torch.cat([objective.losses(logits, image), accuracies])
 
 
 def _find(path: Path) -> Path:
@@ -94,7 +111,7 @@ def _open_stream(config: Config) -> BatchStream:
 
 def _report(result: dict[str, str | int | float], output: Path | None) -> None:
     for name, value in result.items():
-        click.echo(f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}")
+        click.echo(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
     if output is not None:
         with atomic_write(output) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")

@@ -147,6 +147,9 @@ def test_evaluate_writes_the_held_out_loss(dataset: Path, unbroken: Path, tmp_pa
     rows = [row for row in read_rows(unbroken) if "held_out_loss" in row]
     assert found["samples"] == 10
     assert found["loss"] == pytest.approx(rows[-1]["held_out_loss"], rel=1e-6)
+    by_frame = [value for name, value in found.items() if name.startswith("accuracy_frame_")]
+    assert by_frame and found["accuracy"] == pytest.approx(sum(by_frame) / len(by_frame))
+    assert all(0 <= value <= 1 for value in by_frame) and found["stage"] == "keyframes"
     result = megavideo("evaluate", dataset, tmp_path, *more, "--shuffle-captions")
     assert result.returncode == 0, result.stderr
     shuffled = json.loads(output.read_text())

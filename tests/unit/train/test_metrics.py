@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megavideo.engine.world import World
-from megavideo.train.evaluate import held_out_loss
+from megavideo.train.evaluate import frame_accuracies, held_out_loss
 from megavideo.train.metrics import Metrics, read_rows
 from megavideo.train.speed import Speed, peak_tflops
 from megavideo.train.stop import stop_on_signals
@@ -81,6 +81,13 @@ def test_every_held_out_sample_counts_once(alone: World) -> None:
     assert held_out.samples == 4
     assert held_out.frame_losses == (1.25, 12.5)
     assert held_out.loss == pytest.approx((1.25 + 12.5) / 2)
+
+
+def test_accuracy_is_the_share_of_tokens_whose_likeliest_code_is_right() -> None:
+    image = torch.tensor([[[9, 9], [0, 1], [2, 0]], [[9, 9], [1, 1], [2, 2]]])  # [B, F, N]
+    said = torch.tensor([[[0, 1], [1, 1]], [[1, 0], [2, 2]]])  # of frames 1 and 2
+    logits = torch.nn.functional.one_hot(said, 3).float()
+    assert frame_accuracies(logits, image, (1, 2)).tolist() == [0.75, 0.5]
 
 
 @pytest.fixture
