@@ -199,6 +199,9 @@ class ParallelConfig(Section):
         0, description="processes that this layout is meant for; 0 takes what was started"
     )
     tp: Count = Field(1, description="tensor-parallel ranks: each holds a part of every layer")
+    sequence_parallel: bool = Field(
+        False, description="cut slots over tp too, where layers are not: less activation memory"
+    )
     pp: Count = Field(1, description="pipeline stages: each holds some of the layers")
     virtual_stages: Count = Field(
         1,
@@ -309,6 +312,7 @@ class Config(Section):
                 f"model.frames={model.frames} leaves nothing to learn in stage "
                 f"{recipe.stage}; use at least 2"
             )
+        self._check_tensor_parallel()
         self._check_pipeline()
         if self.run.evaluate_every and self.data.validation is None:
             raise ValueError(
@@ -316,6 +320,31 @@ class Config(Section):
                 "folder of held-out shards, or set run.evaluate_every=0"
             )
         return self
+
+    def _check_tensor_parallel(self) -> None:
+        model, tp = self.model, self.parallel.tp
+        if model.heads % tp:
+            raise ValueError(
+                f"parallel.tp={tp} does not divide model.heads={model.heads}; "
+                f"use one of {_listed(_divisors(model.heads))}"
+            )
+        if not self.parallel.sequence_parallel:
+            return
+        if tp == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=True has no effect with parallel.tp=1, where no layer "
+                "is cut; set parallel.tp to at least 2, or parallel.sequence_parallel=False"
+            )
+        frames = 1 if self.recipe.stage == "image" else model.frames
+        for slots, what in (
+            (model.text_slots, f"model.text_slots={model.text_slots}"),
+            (frames * model.side**2, f"{frames} frame(s) of model.side={model.side} squared slots"),
+        ):
+            if slots % tp:
+                raise ValueError(
+                    f"parallel.tp={tp} does not divide the {what}, so parallel.sequence_parallel "
+                    "cannot cut them; choose another tp, or parallel.sequence_parallel=False"
+                )
 
     def _check_pipeline(self) -> None:
         parallel, layers = self.parallel, self.model.layers
@@ -355,3 +384,11 @@ class Config(Section):
                 f"{shown} leaves embedding or head alone in a run; give the first and the last run "
                 "at least 2 layers"
             )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -16,6 +16,7 @@ from megavideo.engine.base import store_base
 from megavideo.engine.engine import Engine
 from megavideo.engine.frozen import FrozenWeights
 from megavideo.engine.home import Home, SingleStageHome
+from megavideo.engine.mpu import mark_cut
 from megavideo.engine.optimizer import build_optimizer, parameter_groups
 from megavideo.engine.part_plan import frozen_tensors
 from megavideo.engine.pipeline.home import PipelineHome
@@ -26,6 +27,7 @@ from megavideo.engine.world import World
 from megavideo.log import log
 from megavideo.model.build import canonical_parameters
 from megavideo.model.partition import ideal_bubble
+from megavideo.model.places import copies
 from megavideo.model.trainable import check_trainable
 
 
@@ -45,19 +47,21 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     model = home_class.new_model(config, world)
     parameters = canonical_parameters(model)
     if checkpoint:
-        world.together(lambda: checkpoint_weights(parameters, config, checkpoint))
+        world.together(lambda: checkpoint_weights(model, config, checkpoint))
     else:
-        world.first_on_rank_zero(lambda: start_weights(parameters, config))
+        world.first_on_rank_zero(lambda: start_weights(model, config))
+    mark_cut(parameters)
     groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.recipe.optimizer, world.device)
     home = home_class.settle(model, optimizer, config, world)
     check_trainable(parameters, config.recipe.stage)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    copied = {name: copy.rows for name, copy in copies(home.module).items()}
     engine = Engine(
         home,
         home.objective.frames,
         OptimizerState(home.optimizer, home.wrapper, trainable, world.mesh, world.device),
-        FrozenWeights(parameters, world),
+        FrozenWeights(parameters, copied, world),
         config.recipe,
         world,
         training.progress if training else Progress(),

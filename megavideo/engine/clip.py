@@ -7,10 +7,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavideo.parallel.mesh import Mesh
+from megavideo.parallel.part import part_of
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip: float, mesh: Mesh) -> Tensor:
-    """Clip reduced gradients by their norm over all pipeline stages, which is returned.
+    """Clip reduced gradients by their norm over all ranks of a replica, which is returned.
 
     A norm that is not finite drops the gradients instead: an optimizer without them leaves weights
     and state alone. All ranks of a replica must call it.
@@ -19,7 +20,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float, mesh: Mesh) 
         clip: largest norm; 0 does not clip.
     """
     trained = [p for p in parameters if p.grad is not None]
-    norm = _global_norm([p.grad for p in trained], mesh)
+    norm = _global_norm(trained, mesh)
     if not norm.isfinite():
         for parameter in trained:
             parameter.grad = None
@@ -28,10 +29,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float, mesh: Mesh) 
     return norm
 
 
-def _global_norm(gradients: list[Tensor | None], mesh: Mesh) -> Tensor:
-    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-    if mesh.pp.group is None:
-        return norm
-    square = norm.square()
-    dist.all_reduce(square, group=mesh.pp.group)
-    return square.sqrt()
+def _global_norm(trained: list[nn.Parameter], mesh: Mesh) -> Tensor:
+    """Parameters that tensor-parallel ranks hold alike count on the first of them only."""
+    counted = [p for p in trained if mesh.tp.is_first or part_of(p).shard.dim is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None])
+    for axis in (mesh.tp, mesh.pp):
+        if axis.size > 1:
+            square = norm.square()
+            dist.all_reduce(square, group=axis.group)
+            norm = square.sqrt()
+    return norm

@@ -6,23 +6,24 @@ between all ranks that hold the same, so equal to its own start means equal on e
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavideo.checkpoint.files import TensorEntry, combined_digest, tensor_entry
-from megavideo.checkpoint.formats.interface import shard_for
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.quiet import deepspeed
 from megavideo.engine.world import World
-from megavideo.parallel.shard import join
+from megavideo.parallel.part import gather_whole, part_of
 
 Key = tuple[str, int]
 
 
 class FrozenWeights:
     """The frozen parameters of every rank, and the digests that they had at the start.
+
+    Args:
+        copies: of some of their rows; watched, too, but not saved.
 
     Attributes:
         names: of those that this rank has a part of.
@@ -32,11 +33,14 @@ class FrozenWeights:
         RunFailed: on all ranks, if replicas start with different weights.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World):
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], copies: Mapping[str, Tensor], world: World
+    ):
         self._parameters = {n: p for n, p in sorted(parameters.items()) if not p.requires_grad}
+        self._copies = copies
         self.world = world
         self.names = self._parameters.keys()
-        self._start = {name: tensor_entry(part).digest for name, part in self.parts(self.names)}
+        self._start = self._digests()
         self._compare_replicas()
         entries = self._whole_entries()
         self.digest = combined_digest(entries) if entries else None
@@ -47,11 +51,8 @@ class FrozenWeights:
         Raises:
             RunFailed: on all ranks, if a tensor changed on any; it names tensors and ranks.
         """
-        changed = [
-            name
-            for name, part in self.parts(self.names)
-            if tensor_entry(part).digest != self._start[name]
-        ]
+        now = self._digests()
+        changed = [name for name, digest in now.items() if digest != self._start[name]]
         ranks_of = defaultdict(list)
         for rank, names in enumerate(self.world.gathered(changed)):
             for name in names:
@@ -73,11 +74,17 @@ class FrozenWeights:
             else:
                 yield name, parameter.detach()
 
+    def _digests(self) -> dict[str, str]:
+        """Of what this rank holds."""
+        held = chain(self.parts(self.names), self._copies.items())
+        return {name: tensor_entry(part).digest for name, part in held}
+
     def _compare_replicas(self) -> None:
         """Ranks that hold the same part of a tensor must hold the same bits of it."""
-        tp = self.world.mesh.tp
+        everywhere = {n for n, p in self._parameters.items() if part_of(p).shard.dim is None}
+        rank = self.world.mesh.tp.rank
         mine = {
-            (name, tp.rank if shard_for(name).dim is not None else 0): digest
+            (name, 0 if name in everywhere else rank): digest
             for name, digest in self._start.items()
         }
         ranks_of = _outvoted(self.world.gathered(mine))
@@ -93,20 +100,11 @@ class FrozenWeights:
         entries = {}
         for number, (name, part) in enumerate(self.parts(self.names)):
             if number % dp.size == dp.rank:
-                whole = _whole(name, part, tp.group, tp.size)
+                whole = gather_whole(part, part_of(self._parameters[name]), tp)
                 if tp.is_first:
                     entries[name] = tensor_entry(whole)
         everywhere = self.world.gathered(entries)
         return {name: entry for some in everywhere for name, entry in some.items()}
-
-
-def _whole(name: str, part: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
-    """The whole tensor from the parts of all tensor-parallel ranks."""
-    if size == 1 or shard_for(name).dim is None:
-        return part
-    parts = [torch.empty_like(part) for _ in range(size)]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return join(parts, shard_for(name))
 
 
 def _outvoted(everywhere: list[dict[Key, str]]) -> dict[str, list[int]]:

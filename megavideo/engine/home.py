@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megavideo.config.deepspeed import deepspeed_config
 from megavideo.config.schema import Config
 from megavideo.engine.clip import clip_gradients
+from megavideo.engine.mpu import ModelParallelUnit
 from megavideo.engine.objective import Batch, Objective
 from megavideo.engine.quiet import deepspeed, hushed
 from megavideo.engine.weights import new_model
@@ -79,7 +80,7 @@ class Home(ABC):
 
 
 class SingleStageHome(Home):
-    """All layers on every rank, in the engine that `deepspeed.initialize` returns.
+    """All layers on every rank, or its parts of them, in `deepspeed.initialize`'s engine.
 
     Args:
         clip: largest global gradient norm where clipping is ours (ZeRO 0); 0 does not clip.
@@ -87,7 +88,7 @@ class SingleStageHome(Home):
 
     @classmethod
     def new_model(cls, config: Config, world: World) -> nn.Module:
-        return new_model(config, world.device)
+        return new_model(config, world.device, world.mesh)
 
     @classmethod
     def settle(
@@ -98,9 +99,10 @@ class SingleStageHome(Home):
                 model=model,
                 optimizer=optimizer,
                 config=deepspeed_config(config.recipe, config.parallel, world.mesh.dp.size),
+                mpu=ModelParallelUnit(world.mesh),
                 dist_init_required=False,
             )
-        objective = Objective(config.model, config.recipe, world.device)
+        objective = Objective(config.model, config.recipe, world.device, world.mesh)
         return cls(engine, objective, config.recipe.optimizer.clip, world)
 
     def __init__(self, engine: Any, objective: Objective, clip: float, world: World):

@@ -9,6 +9,9 @@ from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.layout.rules import loss_frames
 from megavideo.model.build import stage_grid
 from megavideo.model.head import frame_losses
+from megavideo.parallel.mesh import Mesh
+
+SINGLE = Mesh.single()
 
 
 class Batch(Protocol):
@@ -23,9 +26,20 @@ class Batch(Protocol):
 
 
 class Objective:
-    """Cross-entropy of each frame that carries loss; the loss of a batch is their mean."""
+    """Cross-entropy of each frame that carries loss; the loss of a batch is their mean.
 
-    def __init__(self, model: ModelConfig, recipe: RecipeConfig, device: torch.device):
+    Args:
+        mesh: that the model was built for.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        recipe: RecipeConfig,
+        device: torch.device,
+        mesh: Mesh = SINGLE,
+    ):
+        self._tp = mesh.tp
         self.frames = loss_frames(recipe.stage, stage_grid(model, recipe.stage).frames)
         self._device = device
 
@@ -44,4 +58,4 @@ class Objective:
 
     def losses(self, logits: Tensor, image: Tensor) -> Tensor:
         """Mean loss of each of `frames`, from the model's output."""
-        return frame_losses(logits, image, self.frames)
+        return frame_losses(logits, image, self.frames, self._tp)

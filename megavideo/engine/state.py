@@ -10,6 +10,7 @@ says where a piece of a parameter lies in one of them; everything here is told i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from megavideo.checkpoint.formats.interface import MOMENTS, Source, is_moment, parameter_of
 from megavideo.parallel.mesh import Mesh
+from megavideo.parallel.part import gather_whole, part_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class OptimizerState:
         self._mesh = mesh
         self._device = device
         self._cut_over_replicas = wrapper is not optimizer
-        self._shapes = {name: full_shape(p) for name, p in parameters.items()}
+        self._parts = {name: part_of(p) for name, p in parameters.items()}
         self._fragments = {
             name: _fragment(p, optimizer, wrapper, mesh.dp.rank)
             for name, p in sorted(parameters.items())
@@ -69,8 +71,8 @@ class OptimizerState:
     @property
     def names(self) -> set[str]:
         """Weights and moments that this rank has a part of, or shares with other replicas."""
-        moments = {f"{name}{moment}" for name in self._shapes for moment in self.moments}
-        return self._shapes.keys() | moments
+        moments = {f"{name}{moment}" for name in self._parts for moment in self.moments}
+        return self._parts.keys() | moments
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -92,14 +94,14 @@ class OptimizerState:
         if dp.size > 1 and self._cut_over_replicas:
             # As integers, the sum with zeros keeps every bit, the sign of -0.0 too.
             dist.reduce(part.view(torch.int32), dst=dp.ranks[owner], group=dp.group)
-        return part.view(self._shapes[parameter_of(name)]) if dp.rank == owner else None
+        return part if dp.rank == owner else None
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """Float32 weights in parameter shape, on rank 0, empty elsewhere. All ranks call it."""
-        return self._gather(sorted(self._shapes))
+        """Whole float32 weights, on rank 0, empty elsewhere. All ranks call it."""
+        return self._gather(sorted(self._parts))
 
     def gather_moments(self) -> dict[str, Tensor]:
-        """`NAME.exp_avg` and the like in parameter shape, on rank 0; empty elsewhere."""
+        """`NAME.exp_avg` and the like, whole, on rank 0; empty elsewhere."""
         return self._gather(sorted(name for name in self.names if is_moment(name)))
 
     def restore(self, source: Source, updates: int) -> None:
@@ -134,18 +136,26 @@ class OptimizerState:
             self._state(fragment)["step"] = count
 
     def _read(self, source: Source, name: str, fragment: Fragment, flat: Tensor) -> None:
-        """Fill the fragment's elements of `flat` from the rows of `name` that they lie in."""
-        rows = self._shapes[parameter_of(name)]
-        width = rows[1:].numel()
+        """Fill the fragment's elements of `flat` from the rows of `name` that they lie in.
+
+        Rows that only pad a part are in no file: they are zero.
+        """
+        part = self._parts[parameter_of(name)]
+        width = prod(part.allocated[1:])
         first, last = fragment.start // width, -(-(fragment.start + fragment.count) // width)
-        tp = self._mesh.tp
-        values = source.read_part(name, tp.rank, tp.size, first, last).reshape(-1)
+        last = min(last, part.held[0])
+        values = source.read_part(name, part.rank, part.size, min(first, last), last).reshape(-1)
         values = values[fragment.start - first * width :][: fragment.count]
-        fragment.of(flat).copy_(values)
+        fragment.of(flat).zero_()[: len(values)].copy_(values)
 
     def _gather(self, names: list[str]) -> dict[str, Tensor]:
-        parts = {name: self.part(name, 0) for name in names}
-        mine = {name: part.cpu() for name, part in parts.items() if part is not None}
+        mine, tp = {}, self._mesh.tp
+        for name in names:
+            part = self.part(name, 0)
+            if part is not None:
+                whole = gather_whole(part, self._parts[parameter_of(name)], tp)
+                if tp.is_first:
+                    mine[name] = whole.cpu()
         stages = self._mesh.pp
         if stages.size == 1:
             return mine
@@ -154,27 +164,23 @@ class OptimizerState:
         return {name: part for some in everywhere or [] for name, part in some.items()}
 
     def _padded_with_zeros(self, name: str) -> Tensor:
-        """The part's full length, zero but for this rank's fragment."""
+        """The part as it is allocated, zero but for this rank's fragment."""
         parameter = parameter_of(name)
         fragment = self._fragments[parameter]
-        whole = torch.zeros(self._shapes[parameter].numel(), device=self._device)
+        part = torch.zeros(self._parts[parameter].allocated, device=self._device)
         if fragment is not None:
             key = name.removeprefix(f"{parameter}.")
             source = fragment.flat if name == parameter else self._state(fragment).get(key)
             if source is not None:
-                whole.narrow(0, fragment.start, fragment.count).copy_(fragment.of(source))
-        return whole
+                here = part.view(-1).narrow(0, fragment.start, fragment.count)
+                here.copy_(fragment.of(source))
+        return part
 
     def _present(self) -> Iterator[tuple[str, Fragment]]:
         return ((name, f) for name, f in self._fragments.items() if f is not None)
 
     def _state(self, fragment: Fragment) -> dict[str, Tensor]:
         return self._optimizer.state[fragment.flat]
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The parameter's whole shape, also where ZeRO 3 has taken its values away."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _fragment(

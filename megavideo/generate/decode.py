@@ -138,8 +138,7 @@ class _Decoder:
         self.cursor.slots = (first + np.arange(per_frame)).flatten()
         self.cursor.first = True
         inputs = self._rows(self.embedding.shifted(image[:, frames]))
-        text = self.embedding.text_states(self.prompts.text, self.prompts.length)
-        self._run(text, inputs)
+        self._run(self.prompts.text, inputs)
         self.cursor.first = False
 
     def step(self, frame: int, position: int, before: Tensor | None) -> Tensor:
@@ -152,18 +151,24 @@ class _Decoder:
         self.cursor.slots = np.array(
             [frame * self.embedding.model.grid.tokens_per_frame + position]
         )
-        text = self.embedding.word.new_empty(rows, 0, self.embedding.word.shape[1])
-        logits = self.head.logits(self._run(text, inputs))[:, 0]
+        no_text = self.prompts.text[:, :0]
+        logits = self.head.logits(self._run(no_text, inputs))[:, 0]
         if self.how.guidance is None:
             return logits
         conditional, guider = logits.chunk(2)
         return guider + self.how.guidance.scale * (conditional - guider)
 
     def _run(self, text: Tensor, inputs: Tensor) -> Tensor:
-        """States [rows, n, h] of the cursor's slots after all layers."""
+        """States [rows, n, h] of the cursor's slots after all layers.
+
+        Args:
+            text: int64 [rows, T] in the first pass, [rows, 0] after it.
+            inputs: int64 [rows, n].
+        """
         positions = self.positions[torch.from_numpy(self.cursor.slots).to(text.device)]
-        image = self.embedding.image_states(inputs.to(text.device), positions)
-        streams = (text, image, self.prompts.length)
+        length = self.prompts.length
+        states = self.embedding.states(text, length, inputs.to(text.device), positions)
+        streams = (*states, length)
         for block in self.blocks:
             streams = block(streams)
         return streams[1]

@@ -4,9 +4,14 @@
     image = a * dense_spatial(C_image) + (1 - a) * dense_temporal(C_temporal), a = sigmoid(mixture)
 
 `a` is one number per hidden unit. (CogVideo, section 3.2; docs/model.md 4.)
+
+Over tensor-parallel ranks every rank has some heads of both channels. The channels' partial sums
+are mixed before they are summed over ranks, which mixing commutes with: one collective carries both
+channels of images, and text.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -15,7 +20,11 @@ from torch import Tensor, nn
 
 from megavideo.layout.rules import Rule, text_visible
 from megavideo.ops.local_attention import local_attention
-from megavideo.parallel.shard import Shard, set_shard
+from megavideo.parallel.linear import ColumnLinear, RowLinear
+from megavideo.parallel.mesh import Axis
+from megavideo.parallel.part import new_parameter
+from megavideo.parallel.random import distinct_randomness, distinct_seed
+from megavideo.parallel.region import Region
 
 
 class Cache(Protocol):
@@ -30,59 +39,69 @@ class Channel(nn.Module):
     """The projections of one attention channel, and what image slots see in it (`rule`).
 
     With a `cache`, which generation sets, only some image slots are computed at a time.
+    H is the number of this rank's heads, D their size.
     """
 
-    def __init__(self, hidden: int, heads: int, rule: Rule, dropout: float):
+    def __init__(self, hidden: int, heads: int, rule: Rule, dropout: float, axis: Axis):
         super().__init__()
-        self.heads = heads
+        self.heads = heads // axis.size
         self.rule = rule
         self.dropout = dropout
         self.cache: Cache | None = None
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.dense = nn.Linear(hidden, hidden)
-        set_shard(self.qkv.weight, Shard(dim=0, chunks=3))
-        set_shard(self.qkv.bias, Shard(dim=0, chunks=3))
-        set_shard(self.dense.weight, Shard(dim=1))
+        self.axis = axis
+        self.qkv = ColumnLinear(hidden, 3 * hidden, axis, chunks=3)
+        self.dense = RowLinear(hidden, hidden, axis)
 
-    def split_heads(self, packed: Tensor) -> Tensor:
-        """[B, slots, parts*h] -> [B, slots, parts, H, D]."""
-        hidden = self.dense.in_features
-        return packed.unflatten(-1, (-1, self.heads, hidden // self.heads))
+    def packed(self, states: Tensor) -> Tensor:
+        """Queries, keys and values of states [B, slots, h], as [B, slots, 3, H, D]."""
+        return self._split_heads(self.qkv(states), 3)
 
     def text_kv(self, text: Tensor) -> Tensor:
         """Keys and values of text states, [B, T, 2, H, D]; no image channel needs text queries."""
-        hidden = self.dense.in_features
-        return self.split_heads(F.linear(text, self.qkv.weight[hidden:], self.qkv.bias[hidden:]))
+        first = len(self.qkv.bias) // 3
+        return self._split_heads(F.linear(text, self.qkv.weight[first:], self.qkv.bias[first:]), 2)
 
     def image_context(self, image: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
-        """What image slots gather, [B, V, h], before the output projection."""
-        packed = self.split_heads(self.qkv(image))
+        """What image slots gather, [B, V, H*D], before the output projection."""
+        packed = self.packed(image)
         if self.cache is not None:
             return self.cache.attend(packed, text_kv, text_length)
         dropout = self.dropout if self.training else 0.0
-        return local_attention(packed, text_kv, text_length, self.rule, dropout)
+        seed = distinct_seed(self.axis) if dropout else None
+        return local_attention(packed, text_kv, text_length, self.rule, dropout, seed)
 
     def text_context(self, packed: Tensor, text_length: Tensor) -> Tensor:
-        """What text slots gather from real text, [B, T, h]; `packed` is their [B, T, 3, H, D]."""
+        """What text slots gather from real text, [B, T, H*D], given their `packed`."""
         slots = packed.shape[1]
         real = text_visible(torch.arange(slots, device=packed.device), text_length[:, None], slots)
         q, k, v = packed.permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(q, k, v, real[:, None, None], dropout)
+        with distinct_randomness(self.axis) if dropout else nullcontext():
+            context = F.scaled_dot_product_attention(q, k, v, real[:, None, None], dropout)
         return context.transpose(1, 2).flatten(2)
+
+    def _split_heads(self, packed: Tensor, parts: int) -> Tensor:
+        return packed.unflatten(-1, (parts, self.heads, -1))
 
 
 class DualAttention(nn.Module):
     """Both channels and their mixture; without a temporal rule, the spatial channel alone."""
 
     def __init__(
-        self, hidden: int, heads: int, spatial: Rule, temporal: Rule | None, dropout: float
+        self,
+        hidden: int,
+        heads: int,
+        spatial: Rule,
+        temporal: Rule | None,
+        dropout: float,
+        region: Region,
     ):
         super().__init__()
-        self.spatial = Channel(hidden, heads, spatial, dropout)
+        self.region = region
+        self.spatial = Channel(hidden, heads, spatial, dropout, region.axis)
         if temporal is not None:
-            self.temporal = Channel(hidden, heads, temporal, dropout)
-            self.mixture = nn.Parameter(torch.empty(hidden))
+            self.temporal = Channel(hidden, heads, temporal, dropout, region.axis)
+            self.mixture = new_parameter((hidden,))
         self.is_dual = temporal is not None
 
     def channels(self) -> Iterator[Channel]:
@@ -91,18 +110,22 @@ class DualAttention(nn.Module):
         if self.is_dual:
             yield self.temporal
 
-    def text(self, text: Tensor, text_length: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of text, [B, T, h], and the spatial keys and values that images will see."""
-        packed = self.spatial.split_heads(self.spatial.qkv(text))
-        context = self.spatial.text_context(packed, text_length)
-        return self.spatial.dense(context), packed[:, :, 1:]
+    def forward(self, text: Tensor, image: Tensor, text_length: Tensor) -> tuple[Tensor, ...]:
+        """Attention of text, [B, T, h], and of image slots, [B, V, h]."""
+        (text, image), (bias, *of_temporal) = self.region.enter([text, image], self._replicated())
+        packed = self.spatial.packed(text)
+        new_text = self.spatial.dense(self.spatial.text_context(packed, text_length), bias)
+        context = self.spatial.image_context(image, packed[:, :, 1:], text_length)
+        new_image = self.spatial.dense(context, bias)
+        if self.is_dual:
+            temporal_bias, mixture = of_temporal
+            context = self.temporal.image_context(image, self.temporal.text_kv(text), text_length)
+            temporal = self.temporal.dense(context, temporal_bias)
+            new_image = torch.lerp(temporal, new_image, mixture.sigmoid())
+        return self.region.leave([new_text, new_image])
 
-    def image(self, image: Tensor, text: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
-        """Attention of image slots, [B, V, h], given text states and their spatial K and V."""
-        context = self.spatial.image_context(image, text_kv, text_length)
-        spatial = self.spatial.dense(context)
+    def _replicated(self) -> list[Tensor]:
+        """Parameters that every rank holds and that take part in partial sums."""
         if not self.is_dual:
-            return spatial
-        own_text_kv = self.temporal.text_kv(text)
-        temporal = self.temporal.dense(self.temporal.image_context(image, own_text_kv, text_length))
-        return torch.lerp(temporal, spatial, self.mixture.sigmoid())
+            return [self.spatial.dense.bias]
+        return [self.spatial.dense.bias, self.temporal.dense.bias, self.mixture]

@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavideo.config.schema import ModelConfig
-from megavideo.model.layers import Streams
-from megavideo.parallel.shard import Shard, set_shard
+from megavideo.model.layers import Dropout, Streams
+from megavideo.parallel.linear import embed
+from megavideo.parallel.part import new_parameter
+from megavideo.parallel.region import Region
+from megavideo.parallel.shard import Shard
 
 
 class Embedding(nn.Module):
@@ -18,31 +21,43 @@ class Embedding(nn.Module):
 
     name = "embedding"
 
-    def __init__(self, model: ModelConfig, frames: int, dropout: float):
+    def __init__(self, model: ModelConfig, frames: int, dropout: float, region: Region):
         super().__init__()
         self.model = model
         self.frames = frames
-        self.word = nn.Parameter(torch.empty(model.vocab_size, model.hidden))
-        set_shard(self.word, Shard(dim=0, padded=True))
-        self.position = nn.Parameter(torch.empty(model.position_rows, model.hidden))
+        self.region = region
+        hidden = model.hidden
+        self.word = new_parameter(
+            (model.vocab_size, hidden), Shard(dim=0, padded=True), region.axis
+        )
+        self.position = new_parameter((model.position_rows, hidden))
         if frames > 1:
-            self.frame_position = nn.Parameter(torch.empty(model.frame_position_rows, model.hidden))
-        self.dropout = nn.Dropout(dropout)
+            self.frame_position = new_parameter((model.frame_position_rows, hidden))
+        self.dropout = Dropout(dropout, region)
 
     def forward(self, batch: Streams) -> Streams:
         """(text int64 [B,T], text_length [B], image int64 [B,F,N]) -> the two streams."""
         text, text_length, image = batch
-        image_states = self.image_states(self.shifted(image), self.image_positions())
-        return self.text_states(text, text_length), image_states, text_length
+        inputs = self.shifted(image)
+        return (*self.states(text, text_length, inputs, self.image_positions()), text_length)
 
-    def text_states(self, text: Tensor, text_length: Tensor) -> Tensor:
-        """[B, T, h] of left-padded text."""
-        positions = text_positions(text_length, text.shape[1])
-        return self.dropout(F.embedding(text, self.word) + F.embedding(positions, self.position))
+    def states(
+        self, text: Tensor, text_length: Tensor, inputs: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """States [B, T, h] of left-padded text, and [B, n, h] of image inputs.
 
-    def image_states(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """[B, n, h] of input tokens [B, n] with these rows of `image_positions`, [n, h]."""
-        return self.dropout(F.embedding(inputs, self.word) + positions)
+        Args:
+            inputs: input tokens [B, n].
+            positions: their rows of `image_positions`, [n, h].
+        """
+        axis = self.region.axis
+        words = self.region.leave([embed(ids, self.word, axis) for ids in (text, inputs)])
+        of_text = F.embedding(text_positions(text_length, text.shape[1]), self.position)
+        text_states, image_states = (
+            self.dropout(word + self.region.outside(position))
+            for word, position in zip(words, (of_text, positions[None]), strict=True)
+        )
+        return text_states, image_states
 
     def shifted(self, image: Tensor) -> Tensor:
         """Inputs [B, F*N] of tokens [B, F, N]: begin-of-image, then all but a frame's last."""

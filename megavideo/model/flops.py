@@ -133,9 +133,8 @@ def block_work(
         ]
     if execution.recompute == "none":
         return work
-    # Frozen text has no backward pass, so it is not computed again.
-    kept = () if base_trains else ("text stream", "text attention")
-    return [part if part.part in kept else _done_again(part) for part in work]
+    # Frozen text too, although it has no backward pass: see block.py.
+    return [_done_again(part) for part in work]
 
 
 @cache

@@ -4,27 +4,34 @@ A new temporal channel inherits the base's QKV and positions; its output project
 copied and not zero; the mixture starts at one half. (docs/model.md 7.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavideo.config.schema import ModelConfig
+from megavideo.model.places import Place
 
 STD = 0.02
 
 
-def initialise(parameters: Mapping[str, nn.Parameter], model: ModelConfig, seed: int) -> None:
-    """Fill every parameter, then let the temporal channel inherit from the base."""
-    for name, parameter in parameters.items():
-        _fill(parameter, name, model, seed)
-    inherit(parameters, model)
+def initialise(places: Sequence[Place], model: ModelConfig, seed: int) -> None:
+    """Fill every place, then let the temporal channel inherit from the base.
+
+    A parameter is drawn whole and cut afterwards, so that a cut changes no value.
+    """
+    for place in places:
+        place.fill(_drawn(place, model, seed))
+    inherit({place.name: place.memory for place in places}, model)
 
 
-def inherit(parameters: Mapping[str, nn.Parameter], model: ModelConfig) -> None:
-    """Copy what a fresh temporal channel takes over from the base; call it after loading a base."""
+def inherit(parameters: Mapping[str, Tensor], model: ModelConfig) -> None:
+    """Copy what a fresh temporal channel takes over from the base; call it after loading a base.
+
+    A parameter is cut as the one that it inherits from, so parts inherit from parts.
+    """
     with torch.no_grad():
         for name, parameter in parameters.items():
             source = inherited_from(name)
@@ -49,16 +56,15 @@ def _inherited(source: Tensor, name: str, target: Tensor, model: ModelConfig) ->
     return source[start : start + size].repeat(times, 1)[: len(target)]
 
 
-def _fill(parameter: nn.Parameter, name: str, model: ModelConfig, seed: int) -> None:
-    with torch.no_grad():
-        if fnmatchcase(name, "*norm.weight"):
-            parameter.fill_(1)
-        elif name.endswith((".bias", ".mixture")):
-            parameter.zero_()
-        else:
-            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed))
-            drawn = torch.empty(parameter.shape).normal_(0, _std(name, model), generator=generator)
-            parameter.copy_(drawn)
+def _drawn(place: Place, model: ModelConfig, seed: int) -> Tensor:
+    """The initial value of a whole parameter."""
+    name, whole = place.name, torch.empty(place.shape)
+    if fnmatchcase(name, "*norm.weight"):
+        return whole.fill_(1)
+    if name.endswith((".bias", ".mixture")):
+        return whole.zero_()
+    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed))
+    return whole.normal_(0, _std(name, model), generator=generator)
 
 
 def _std(name: str, model: ModelConfig) -> float:

@@ -10,7 +10,8 @@ import torch
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.trainable import is_trainable
-from megavideo.parallel.shard import Shape, Shard, shard_of
+from megavideo.parallel.part import part_of
+from megavideo.parallel.shard import Shape, Shard
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def parameter_table(model: ModelConfig, recipe: RecipeConfig) -> list[ParameterR
         ParameterRow(
             name,
             tuple(parameter.shape),
-            shard_of(parameter),
+            part_of(parameter).shard,
             is_trainable(name, recipe.stage),
             layer_of(name),
         )

@@ -21,6 +21,7 @@ def local_attention(
     text_length: Tensor,
     rule: Rule,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Attention of image slots over real text and the image slots that `rule` shows them.
 
@@ -29,7 +30,8 @@ def local_attention(
         text_kv: [B, T, 2, H, D].
         text_length: int64 [B], real tokens of the T left-padded text slots, each at least 1.
         rule: over V = frames * side * side slots.
-        dropout: on probabilities; draws a seed from torch's default generator.
+        dropout: on probabilities.
+        seed: of the dropout, int64 scalar; without it, drawn from torch's default generator.
 
     Returns: [B, V, H*D].
     """
@@ -38,7 +40,8 @@ def local_attention(
         return flex_local_attention(image_qkv, text_kv, text_length, rule)
     if backend == "sdpa":
         return sdpa_local_attention(image_qkv, text_kv, text_length, rule)
-    seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
+    if seed is None:
+        seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     name = encode_rule(rule)
     return _operator(image_qkv, text_kv, text_length, name, dropout, seed, backend)[0]
 

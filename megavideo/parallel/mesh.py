@@ -8,8 +8,11 @@ Neighbours on the tensor axis, which talk most, thus share a node.
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class Axis:
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+
+    def exchange(self, value: T) -> list[T]:
+        """Every process's `value`, by place; all of the axis call it."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     @property
     def is_first(self) -> bool:

@@ -1,6 +1,6 @@
 """How a parameter is cut over tensor-parallel ranks, and how its parts become whole again.
 
-The layer that makes a parameter says it once (`set_shard`); resharding, reading and tests follow:
+The layer that makes a parameter says it once (see part.py); resharding, reading and tests follow:
 
     chunks=1   rank r of P holds the r-th of P equal runs of rows (or columns)
     chunks=3   of a fused [Q; K; V] weight, each chunk is cut so: rank r holds [Q_r; K_r; V_r]
@@ -37,16 +37,6 @@ class Piece:
     rank: int
     start: int
     stop: int
-
-
-def set_shard(parameter: Tensor, shard: Shard) -> None:
-    """Say how `parameter` is cut; for the layer that makes it."""
-    parameter.shard = shard  # type: ignore[attr-defined]
-
-
-def shard_of(parameter: Tensor) -> Shard:
-    """How `parameter` is cut; replicated if its layer did not say."""
-    return getattr(parameter, "shard", REPLICATED)
 
 
 def slice_plan(length: int, shard: Shard, rank: int, size: int, held: int = 1) -> list[Piece]:

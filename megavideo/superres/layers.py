@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megavideo.layout.neighbourhood import NeighbourhoodRule
 from megavideo.layout.rules import text_visible
 from megavideo.model.embed import text_positions
-from megavideo.model.layers import MLP, layer_norm
+from megavideo.model.layers import MLP, LayerNorm
 from megavideo.ops.neighbourhood_attention import neighbourhood_attention
 from megavideo.superres.config import DirectConfig, IterativeConfig, SuperResolutionConfig
 
@@ -76,17 +76,18 @@ class Layer(nn.Module):
 
     def __init__(self, config: SuperResolutionConfig, fine: bool):
         super().__init__()
-        self.input_norm = layer_norm(config.hidden, config.norm_eps)
+        self.input_norm = LayerNorm(config.hidden, config.norm_eps)
         self.attention = Attention(config.hidden, config.heads, fine)
-        self.attention_norm = layer_norm(config.hidden, config.norm_eps)
-        self.mlp_norm = layer_norm(config.hidden, config.norm_eps)
+        self.attention_norm = LayerNorm(config.hidden, config.norm_eps)
+        self.mlp_norm = LayerNorm(config.hidden, config.norm_eps)
         self.mlp = MLP(config.hidden, 0.0)
-        self.mlp_output_norm = layer_norm(config.hidden, config.norm_eps)
+        self.mlp_output_norm = LayerNorm(config.hidden, config.norm_eps)
 
     def finish(self, x: Tensor, attention: Tensor) -> Tensor:
         """What follows attention."""
         x = x + self.attention_norm(attention)
-        return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+        (mlp,) = self.mlp(self.mlp_norm(x))
+        return x + self.mlp_output_norm(mlp)
 
 
 class DirectLayer(Layer):

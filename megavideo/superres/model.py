@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavideo.model.layers import layer_norm
+from megavideo.model.layers import LayerNorm
 from megavideo.superres.config import DirectConfig, IterativeConfig, SuperResolutionConfig
 from megavideo.superres.layers import (
     DirectLayer,
@@ -20,7 +20,7 @@ class Head(nn.Module):
 
     def __init__(self, config: SuperResolutionConfig):
         super().__init__()
-        self.norm = layer_norm(config.hidden, config.norm_eps)
+        self.norm = LayerNorm(config.hidden, config.norm_eps)
         self.codes = config.image_codes
 
     def forward(self, states: Tensor, word: Tensor) -> Tensor:

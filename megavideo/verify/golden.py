@@ -24,7 +24,7 @@ class Golden:
         self.recipe = config.recipe
         self.model = new_model(config, cpu)
         self.parameters = canonical_parameters(self.model)
-        start_weights(self.parameters, config)
+        start_weights(self.model, config)
         self.objective = Objective(config.model, config.recipe, cpu)
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.optimizer = self._optimizer()

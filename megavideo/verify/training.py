@@ -121,10 +121,11 @@ class TrainingCase:
 
     def _losses(self) -> Quantities:
         """Logits of every slot and vocabulary row, losses of every frame: more than is trained."""
-        head, grid = self.model[-1], self.config.grid
-        assert isinstance(head, Head)
+        embedding, *_, head = self.model
+        grid = self.config.grid
+        assert isinstance(embedding, Embedding) and isinstance(head, Head)
         states = torch.cat(self.records[-1]["hidden"][:2], 1)
-        logits = F.linear(head.norm(states), head.word)
+        logits = F.linear(head.norm(states), embedding.word)
         image = logits[:, grid.text :, : self.config.image_codes].unflatten(1, (grid.frames, -1))
         losses = frame_losses(image, self.batch.image, range(grid.frames))
         short = "AR" if self.recipe.stage == "keyframes" else "ITP"

@@ -48,9 +48,8 @@ def assert_trains_like_golden(settings: Config, world: World) -> None:
     golden = Golden(settings)
     before = golden.weights()
     frames = stage_grid(settings.model, settings.recipe.stage).frames
-    batches = micro_batches(
-        0, world.mesh.dp.rank, world.mesh.dp.size, settings.recipe.micro_batch, frames
-    )
+    replica = world.mesh.dp
+    batches = micro_batches(0, replica.rank, replica.size, settings.recipe.micro_batch, frames)
     for number in range(STEPS):
         result = engine.train_batch(batches)
         loss, norm = golden.step(number)
@@ -66,7 +65,9 @@ def assert_same_update(
     tolerance = UPDATE_TOLERANCE[settings.recipe.optimizer.name]
     for name, weight in ours.items():
         update = golden[name] - before[name]
-        error = (weight - golden[name]).abs().max()
+        # A small update of a weight near 1 is rounded to that weight's last place.
+        rounding = golden[name].abs().max() * torch.finfo(torch.float32).eps
+        error = ((weight - golden[name]).abs().max() - rounding).clamp(min=0)
         assert update.abs().max() > 0, f"{name} did not move"
         assert error <= tolerance * update.abs().max(), f"{name}: {error} of {update.abs().max()}"
     assert torch.distributed.get_rank() or ours.keys() == golden.keys()

@@ -14,7 +14,7 @@ from megavideo.checkpoint.formats.sat import SAFE_TYPES
 from megavideo.generate import decode
 from megavideo.layout.neighbourhood import NeighbourhoodRule
 from megavideo.layout.rules import temporal_rule
-from megavideo.model import attention, block, build, layers
+from megavideo.model import attention, build, layers
 from megavideo.superres import layers as superres_layers
 from megavideo.superres.layers import Embedding
 from megavideo.verify.command import main
@@ -74,7 +74,8 @@ def wrong_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "layer_norm", lambda h, eps: torch.nn.LayerNorm(h, eps=1e-6))
+    norm = torch.nn.functional.layer_norm
+    monkeypatch.setattr(layers.F, "layer_norm", lambda *a: norm(*a[:4], eps=1e-6))
 
 
 @pytest.mark.parametrize("mistake", [wrong_mixture, wrong_shift, wrong_gelu, wrong_norm])

@@ -14,9 +14,10 @@ import torch
 
 from megavideo.config.load import load_config
 from megavideo.data.batch import open_stream
-from megavideo.model.build import build_model, canonical_parameters
+from megavideo.model.build import build_model
 from megavideo.model.head import frame_losses
 from megavideo.model.init import initialise
+from megavideo.model.places import places
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CAPTIONS = {
@@ -77,7 +78,7 @@ def test_recorded_videos_become_batches_that_the_model_learns_from(tmp_path: Pat
     batch = next(stream.micro_batches(0, 0, 1))
     assert (batch.image[:, 0] != batch.image[:, 4]).any(), "recorded video moves"
     model = build_model(config.model, config.recipe)
-    initialise(canonical_parameters(model), config.model, seed=0)
+    initialise(places(model), config.model, seed=0)
     logits = model((batch.text, batch.text_length, batch.image))
     loss = frame_losses(logits, batch.image, (1, 2, 3, 4)).mean()
     loss.backward()

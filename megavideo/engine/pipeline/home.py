@@ -13,11 +13,7 @@ from megavideo.config.schema import Config
 from megavideo.engine.home import Home, SeedDropout, Update, poisoned
 from megavideo.engine.objective import Batch, Objective
 from megavideo.engine.pipeline.execution import ExactPipelineEngine
-from megavideo.engine.pipeline.module import (
-    PipelineLayers,
-    new_pipeline_model,
-    share_word_table,
-)
+from megavideo.engine.pipeline.module import PipelineLayers, new_pipeline_model
 from megavideo.engine.quiet import hushed
 from megavideo.engine.world import World
 
@@ -39,8 +35,7 @@ class PipelineHome(Home):
         cls, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
     ) -> "PipelineHome":
         assert isinstance(model, PipelineLayers)
-        share_word_table(model, world.mesh)
-        objective = Objective(config.model, config.recipe, world.device)
+        objective = Objective(config.model, config.recipe, world.device, world.mesh)
         with hushed():
             engine = ExactPipelineEngine(model, optimizer, config, world.mesh)
         return cls(engine, objective, world)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from megavideo.config.schema import Config
@@ -69,21 +68,11 @@ def new_pipeline_model(config: Config, world: World) -> PipelineLayers:
     assert config.parallel.virtual_stages == 1, "interleaving comes with the next change"
     runs = partition(config.model, config.recipe, config.parallel)
     held = [n for run in runs_of_rank(runs, world.mesh.pp.rank, world.mesh.pp.size) for n in run]
-    layers = new_layers(config, world.device, held)
+    layers = new_layers(config, world.device, held, world.mesh)
     with hushed():
         deepspeed.init_distributed(dist_init_required=False)
         grid = stage_grid(config.model, config.recipe.stage)
         return PipelineLayers(layers, runs, grid, world.mesh)
-
-
-def share_word_table(model: PipelineLayers, mesh: Mesh) -> None:
-    """Give the head, on the last stage, the rows of the first stage's word table that it uses."""
-    *_, head = model.all_layers
-    if mesh.pp.is_first:
-        rows = model.all_layers[0].word.detach()[: head.codes]
-        dist.send(rows.contiguous(), mesh.pp.ranks[-1])
-    elif mesh.pp.is_last:
-        dist.recv(head.word.detach(), mesh.pp.ranks[0])
 
 
 def _topology(mesh: Mesh) -> Any:

@@ -19,6 +19,7 @@ from megavideo.model.flops import (
     training_flops,
 )
 from megavideo.model.init import initialise
+from megavideo.model.places import places
 from megavideo.model.published_flops import published_work
 from megavideo.model.trainable import mark_trainable
 from megavideo.verify.made_up import batch_at
@@ -47,7 +48,7 @@ def counted_by_torch(settings: Config, recompute: str) -> int:
     """FLOPs of one sample's forward and backward that pass torch's dispatcher."""
     model = build_model(settings.model, settings.recipe, recompute)
     parameters = canonical_parameters(model)
-    initialise(parameters, settings.model, seed=1)
+    initialise(places(model), settings.model, seed=1)
     mark_trainable(parameters, settings.recipe.stage)
     frames = stage_grid(settings.model, settings.recipe.stage).frames
     objective = Objective(settings.model, settings.recipe, torch.device("cpu"))

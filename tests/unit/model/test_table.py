@@ -7,7 +7,8 @@ from megavideo.config.schema import RecipeConfig
 from megavideo.engine.weights import new_model
 from megavideo.model.build import canonical_parameters
 from megavideo.model.table import expected_shapes, parameter_table, shard_named
-from megavideo.parallel.shard import REPLICATED, Shard, part_shape, shard_of
+from megavideo.parallel.part import part_of
+from megavideo.parallel.shard import REPLICATED, Shard, part_shape
 from tests.engine.support import MODEL, config
 
 QKV, COLUMNS = Shard(0, chunks=3), Shard(1)
@@ -40,7 +41,9 @@ def test_the_table_cuts_what_tensor_parallelism_cuts_and_nothing_else() -> None:
 
 def test_a_model_with_memory_knows_its_cuts_too(tmp_path) -> None:  # type: ignore[no-untyped-def]
     parameters = canonical_parameters(new_model(config(tmp_path), torch.device("cpu")))
-    assert all(shard_of(parameter) == shard_named(name) for name, parameter in parameters.items())
+    assert all(
+        part_of(parameter).shard == shard_named(name) for name, parameter in parameters.items()
+    )
 
 
 @pytest.mark.parametrize("stage", ["image", "keyframes"])

@@ -13,6 +13,7 @@ from megavideo.data.text_tokenizer import train_text_model
 from megavideo.data.video import write_video
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.init import initialise
+from megavideo.model.places import places
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
 from tests.unit.checkpoint.samples import write_checkpoint
@@ -67,8 +68,8 @@ def write_base(run: Path, codes: int = 16, side: int = 2) -> None:
         begin_of_image=codes + 320, position_rows=16 + side * side + 1, image_position=16,
         frame_position_rows=2 * side * side,
     )  # fmt: skip
-    parameters = canonical_parameters(build_model(model, RecipeConfig(stage="image", steps=1)))
-    initialise(parameters, model, seed=0)
+    base = build_model(model, RecipeConfig(stage="image", steps=1))
+    initialise(places(base), model, seed=0)
     config = {"recipe": {"stage": "image"}, "model": model.model_dump(mode="json")}
-    tensors = {name: parameter.data for name, parameter in parameters.items()}
+    tensors = {name: parameter.data for name, parameter in canonical_parameters(base).items()}
     write_checkpoint(run, tensors, Training(Progress(1, 1, 8), config, "data", None, None))

@@ -1,0 +1,125 @@
+"""Tensor and sequence parallelism in DeepSpeed's hands: updates, norms, checkpoints."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megavideo.checkpoint.commit import list_checkpoints
+from megavideo.engine.build import build_engine
+from megavideo.engine.errors import RunFailed
+from megavideo.engine.snapshot import save_checkpoint
+from megavideo.engine.world import World, join_world
+from megavideo.model.build import canonical_parameters
+from megavideo.model.places import places
+from megavideo.parallel.mesh import Mesh
+from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.engine.test_nonfinite import assert_leaves_no_trace, assert_same_state
+from tests.engine.test_parity import ADAMW, SGD, assert_trains_like_golden
+from tests.world import run_world
+
+# Recipe, optimizer, layout.
+Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+SLOTS: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
+IMAGE = {"stage": "image"}
+ON_TWO: list[Case] = [
+    ({}, SGD, {"tp": 2, "zero": 0}),
+    ({}, ADAMW, {"tp": 2, "zero": 1}),
+    ({}, ADAMW, SLOTS | {"zero": 1, "recompute": "layer"}),
+    (IMAGE, ADAMW, SLOTS | {"zero": 2}),
+]
+ON_FOUR: list[Case] = [
+    ({}, SGD, {"tp": 2, "zero": 1}),
+    ({}, ADAMW, {"tp": 2, "zero": 0}),
+    ({}, ADAMW, {"tp": 2, "zero": 2}),
+    ({}, ADAMW, {"tp": 2, "zero": 3}),
+    ({}, ADAMW, SLOTS | {"zero": 1}),
+    (IMAGE, SGD, SLOTS | {"zero": 1}),
+    (IMAGE, ADAMW, SLOTS | {"zero": 3}),
+]
+
+
+def test_two_ranks_cut_layers_and_train_like_one(world: World, tmp_path: Path) -> None:
+    run_world(_on_two, 2, tmp_path)
+    assert_goes_on_alone(world, tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_ranks_train_like_one(world: World, tmp_path: Path) -> None:
+    run_world(_on_four, 4, tmp_path)
+    for zero in (0, 1, 2, 3):
+        assert_goes_on_alone(world, tmp_path / f"saved-{zero}")
+
+
+def _on_two(rank: int, folder: Path) -> None:
+    world = _train_like_golden(folder, ON_TWO)
+    _save_and_resume(world, folder / "saved", zero=1)
+    for precision, zero in (("fp32", 0), ("bf16", 1), ("bf16", 2)):
+        run = folder / f"skip-{precision}-{zero}"
+        assert_leaves_no_trace(precision, SLOTS | {"zero": zero}, world, run, math.inf)
+    _notice_a_changed_weight(world, folder / "changed")
+
+
+def _on_four(rank: int, folder: Path) -> None:
+    world = _train_like_golden(folder, ON_FOUR)
+    for zero in (0, 1, 2, 3):
+        _save_and_resume(world, folder / f"saved-{zero}", zero)
+
+
+def _train_like_golden(folder: Path, cases: list[Case]) -> World:
+    world = join_world(timeout_minutes=1.0)
+    world = replace(world, mesh=Mesh.build(pp=1, tp=2))
+    for number, (recipe, optimizer, layout) in enumerate(cases):
+        settings = config(folder / str(number), recipe, optimizer, layout)
+        assert_trains_like_golden(settings, world)
+    return world
+
+
+def _save_and_resume(world: World, run: Path, zero: int) -> None:
+    """Two steps with dropout, a save, and a resume that goes on bit for bit."""
+    layout = SLOTS | {"zero": zero}
+    dropout = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
+    settings = config(run, dropout, ADAMW, layout)
+    engine = build_engine(settings, world, FINGERPRINT)
+    dp = world.mesh.dp
+    batches = micro_batches(0, dp.rank, dp.size)
+    for _ in range(2):
+        engine.train_batch(batches)
+    save_checkpoint(engine, settings, FINGERPRINT)
+    resumed = build_engine(settings, world, FINGERPRINT)
+    assert resumed.progress.updates == 2
+    assert_same_state(resumed, engine)
+    again = resumed.train_batch(micro_batches(16, dp.rank, dp.size))
+    assert again.loss == engine.train_batch(batches).loss
+    assert_same_state(resumed, engine)
+
+
+def assert_goes_on_alone(world: World, run: Path) -> None:
+    """One process goes on from it; its frozen base, hashed whole, is the same."""
+    assert list_checkpoints(run), "it was saved"
+    alone = build_engine(config(run, optimizer=ADAMW), world, FINGERPRINT)
+    assert alone.progress.updates == 2
+    assert not alone.train_batch(micro_batches(16)).skipped
+    fresh = build_engine(config(run.parent / "fresh", optimizer=ADAMW), world, FINGERPRINT)
+    assert fresh.frozen.digest == alone.frozen.digest
+
+
+def _notice_a_changed_weight(world: World, run: Path) -> None:
+    """In a rank's part of a parameter, and in the head's copy of image rows."""
+    settings = config(run, parallel={"tp": 2})
+    engine = build_engine(settings, world, FINGERPRINT)
+    name = "layers.1.mlp.up.weight"
+    with torch.no_grad():
+        if world.rank == 1:
+            canonical_parameters(engine._home.module)[name].view(-1)[3] += 1e-3
+    with pytest.raises(RunFailed, match=rf"changed during training: {name} on rank 1"):
+        engine.frozen.check()
+    engine = build_engine(settings, world, FINGERPRINT)
+    with torch.no_grad():
+        if world.rank == 0:
+            places(engine._home.module)[-1].memory.view(-1)[3] += 1e-3
+    with pytest.raises(RunFailed, match=r"changed during training: head\.rows on rank 0"):
+        engine.frozen.check()
