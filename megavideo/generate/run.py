@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megavideo.config.schema import Config, ParallelConfig
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
+from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.data.video import read_frames
 from megavideo.engine.world import World
 from megavideo.generate.enlarge import Enlarger
@@ -21,6 +22,7 @@ from megavideo.generate.requests import Request
 from megavideo.generate.settings import Settings
 from megavideo.log import log, progress
 from megavideo.model.execution import DTYPES
+from megavideo.superres.checkpoint import check_tokenizers
 
 DECODED_FRAMES = 16  # frames that the image tokenizer turns into pixels at once
 
@@ -88,7 +90,7 @@ class Generation:
         self.stage1 = _load(settings.keyframe_stage, settings.tp, world)
         self.stage2 = _load(settings.interpolation_stage, settings.tp, world)
         self.base = None if self.stage1 is None else base_of(self.stage1)
-        self.enlarge = _enlarger(settings, world.device)
+        self.enlarge = self._enlarger()
         self.given = self._encode(given_frames(settings, self.tokenizer)).to(world.device)
 
     def videos(
@@ -114,10 +116,23 @@ class Generation:
         """The tokens [frames, N] of a video, and with super-resolution the larger ones."""
         if self.enlarge is None:
             return {"tokens": tokens}
+        text = self._text.encode(request.prompt)
+        return {"tokens": tokens, "enlarged": self.enlarge(text, tokens, request.key)}
+
+    @property
+    def _text(self) -> TextTokenizer:
         stage = self.stage1 or self.stage2
         assert stage is not None
-        text = stage.text.encode(request.prompt)
-        return {"tokens": tokens, "enlarged": self.enlarge(text, tokens, request.key)}
+        return stage.text
+
+    def _enlarger(self) -> Enlarger | None:
+        settings = self.settings
+        if settings.superres is None:
+            return None
+        check_tokenizers(settings.superres, self._text.digest, self.tokenizer.digest)
+        precision = DTYPES[settings.any_config.recipe.precision]
+        device = self.tokenizer.quantize.embed.weight.device
+        return Enlarger(settings.superres, settings.labels, settings.seed, device, precision)
 
     def pixels(self, tokens: Tensor) -> np.ndarray:
         """uint8 [frames, H, W, 3] of tokens [frames, N]."""
@@ -164,13 +179,6 @@ def _load(stage: tuple[Path, Config] | None, tp: int, world: World) -> Stage | N
     if stage is None:
         return None
     return load_stage(*stage, ParallelConfig(tp=tp, recompute="none"), world)
-
-
-def _enlarger(settings: Settings, device: torch.device) -> Enlarger | None:
-    if settings.superres is None:
-        return None
-    precision = DTYPES[settings.any_config.recipe.precision]
-    return Enlarger(settings.superres, settings.labels, settings.seed, device, precision)
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:

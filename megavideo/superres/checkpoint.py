@@ -84,6 +84,25 @@ def load(
     return _filled(config, tensors, path).to(device, dtype).eval().requires_grad_(False)
 
 
+def check_tokenizers(path: Path, text: str, image: str) -> None:
+    """Whether the model in folder `path` reads and writes the tokens of these tokenizers (digests).
+
+    A published one does not say. Raises: ValueError if it was trained with others.
+    """
+    origin = origin_of(path)
+    if origin is None:
+        return
+    for kind, theirs, ours in (
+        ("text", origin.text_tokenizer, text),
+        ("image", origin.image_tokenizer, image),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"{path} was trained with another {kind} tokenizer (digest {theirs}, not {ours}); "
+                "use that one, or train super-resolution anew"
+            )
+
+
 def origin_of(path: Path) -> Origin | None:
     """What the model in folder `path` was trained with; None for a published one."""
     if not (path / MANIFEST).is_file():

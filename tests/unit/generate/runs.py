@@ -91,8 +91,8 @@ def both_stages(folder: Path) -> list[str]:
     return ["--checkpoint", str(folder / "stage1"), "--stage2", str(folder / "stage2")]
 
 
-def make_superres(folder: Path) -> None:
-    """`folder`/superres: frames of 4 x 4 tokens become frames of 12 x 12."""
+def make_superres(folder: Path, name: str = "superres", image_digest: str | None = None) -> None:
+    """`folder`/`name`: frames of 4 x 4 tokens become frames of 12 x 12."""
     text = TextTokenizer(folder / "text.model", CODES)
     config = DirectConfig(
         hidden=16,
@@ -108,4 +108,5 @@ def make_superres(folder: Path) -> None:
         begin_of_image=text.begin_of_image,
     )
     model = drawn(DirectSuperResolution(config), seed=0).float()
-    save(folder / "superres", model, Origin("", "", 1))
+    image_digest = image_digest or ImageTokenizer.load(folder / "image.safetensors").digest
+    save(folder / name, model, Origin(text.digest, image_digest, 1))

@@ -108,6 +108,9 @@ def test_frames_are_enlarged(runs: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"other settings \(superres\)"):
         generate(runs, tmp_path / "large", *options)
+    make_superres(runs, "stranger", image_digest="another")
+    with pytest.raises(ValueError, match="was trained with another image tokenizer"):
+        generate(runs, tmp_path / "x", *options, "--superres", str(runs / "stranger"))
 
 
 def test_a_given_first_frame_is_every_videos_first(runs: Path, tmp_path: Path) -> None:
