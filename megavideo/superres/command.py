@@ -134,7 +134,7 @@ def main(
     reading = Reading(side, FACTOR * side, fps, frames_per_video, seed)
     train, held_out = _load(captions, videos, holdout, reading, image, text, workers)
     weights = open_base_weights(base)
-    model = new_model(config, {name: weights.read(name) for name in weights.tensors}, seed)
+    model = new_model(config, {name: weights.read(name) for name in weights.tensors})
     trainer = DirectTrainer(
         model, Training(steps, batch, learning_rate, seed), torch.device(device)
     )

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import xxhash
 from torch import Tensor
 
 from megavideo.config.schema import ModelConfig
@@ -19,7 +18,6 @@ from megavideo.superres.config import DirectConfig
 from megavideo.superres.model import DirectSuperResolution
 from megavideo.superres.pairs import Pairs
 
-STD = 0.02
 SHARED = (
     "hidden", "heads", "layers", "vocab_size", "image_codes", "begin_of_image", "position_rows",
     "norm_eps",
@@ -78,7 +76,7 @@ def direct_config(model: ModelConfig, text_slots: int | None = None) -> DirectCo
     )
 
 
-def new_model(config: DirectConfig, base: Mapping[str, Tensor], seed: int) -> DirectSuperResolution:
+def new_model(config: DirectConfig, base: Mapping[str, Tensor]) -> DirectSuperResolution:
     """A model to train: the base, frozen; its attention copied; its positions tiled 3 x 3.
 
     Raises: ValueError if `base` is not the base of this configuration.
@@ -91,7 +89,7 @@ def new_model(config: DirectConfig, base: Mapping[str, Tensor], seed: int) -> Di
     if wrong or base.keys() - shapes.keys():
         odd = sorted(wrong) or sorted(base.keys() - shapes.keys())
         raise ValueError(f"the base does not fit this model: {odd[0]} is missing or differs")
-    fresh = {name: _initial(name, shapes[name], base, config, seed) for name in own}
+    fresh = {name: _initial(name, base, config) for name in own}
     model.load_state_dict({**base, **fresh}, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in own)
@@ -103,21 +101,14 @@ def is_trained(name: str) -> bool:
     return ".attention.fine." in name or name == "embedding.fine_position"
 
 
-def _initial(
-    name: str, shape: torch.Size, base: Mapping[str, Tensor], config: DirectConfig, seed: int
-) -> Tensor:
-    """As a temporal channel starts (docs/model.md 7); positions repeat a frame's over the grid."""
-    if name == "embedding.fine_position":
-        first = config.coarse_position - 1
-        frame = base["embedding.position"][first : first + config.coarse_tokens]
-        square = frame.unflatten(0, (config.coarse_side, config.coarse_side))
-        return square.repeat(config.factor, config.factor, 1).flatten(0, 1)
-    if ".qkv." in name:
+def _initial(name: str, base: Mapping[str, Tensor], config: DirectConfig) -> Tensor:
+    """As CogView2's starts: a copy of the base's attention; a frame's positions, 3 x 3 times."""
+    if name != "embedding.fine_position":
         return base[name.replace(".fine.", ".spatial.")].clone()
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed))
-    return torch.empty(shape).normal_(0, STD, generator=generator)
+    first = config.coarse_position - 1
+    frame = base["embedding.position"][first : first + config.coarse_tokens]
+    square = frame.unflatten(0, (config.coarse_side, config.coarse_side))
+    return square.repeat(config.factor, config.factor, 1).flatten(0, 1)
 
 
 class DirectTrainer:

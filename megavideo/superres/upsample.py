@@ -14,8 +14,8 @@ BATCH = 12  # frames at once, as published
 ROWS = 1024  # tokens drawn at once; each takes a row of `image_codes` numbers
 TOP_CLUSTERS, CODE_TEMPERATURE = 6, 0.6
 
-# CogView2's iterative model: in round t, fine slots whose tile entry is t or more are unknown again
-# (the tile repeats over the frame), and are drawn from so many codes.
+# CogView2's iterative model: in round t, from 1 to 6, fine slots whose tile entry is t or more are
+# unknown again (the tile repeats over the frame), and are drawn from so many codes.
 TOP_K = (40, 40, 40, 20, 20, 10)
 TILE = (
     (-1, 0, 1, 2, 3, 4),
@@ -102,7 +102,7 @@ def refine(
     parts = list(frames.to(device).split(batch))
     with progress("refining", total=len(parts) * len(TOP_K)) as advance:
         for number, part in enumerate(parts):
-            for round_number, top_k in enumerate(TOP_K):
+            for round_number, top_k in enumerate(TOP_K, start=1):
                 unknown = round_mask(config.fine_side, round_number).to(device)
                 masked = part.masked_fill(unknown, config.begin_of_image)
                 states = model(slots.expand(len(part), -1), length.expand(len(part)), masked)
@@ -117,7 +117,7 @@ def refine(
 
 
 def round_mask(side: int, round_number: int) -> Tensor:
-    """bool [side * side]: fine slots that are unknown at the beginning of a round, from 0."""
+    """bool [side * side]: fine slots that are unknown at the beginning of a round, from 1."""
     tile, line = torch.tensor(TILE), torch.arange(side) % len(TILE)
     return (tile[line[:, None], line] >= round_number).flatten()
 
