@@ -113,8 +113,8 @@ def first_whole(
             log.warning("passing over checkpoint %s: %s", folder.name, text)
     if candidates:
         raise ValueError(
-            f"every checkpoint in {checkpoints_of(run)} is damaged; restore one from a backup, or "
-            "train into another run.directory"
+            f"every checkpoint in {checkpoints_of(run)} is damaged, or another version's, as said "
+            "above; restore one from a backup, or train into another run.directory"
         )
     return None
 

@@ -1,6 +1,7 @@
 """kill -9 of a random rank at random moments around saves: nothing saved is lost, nothing differs.
 
     python -m tests.robustness.kill_ranks --kills 20
+    python -m tests.robustness.kill_ranks --kills 20 --set parallel.tp=2
 
 A run of two ranks is killed again and again, most times while a checkpoint is being written, and
 started again. After each kill the newest checkpoint must be whole and no older than the one before;
@@ -14,8 +15,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -34,23 +36,27 @@ from tests.engine.dataset import make_dataset
 SAVE_EVERY = 2
 STEPS_A_KILL = 6
 RANKS = 2
+Start = Callable[[Path], AbstractContextManager[list[BaseProcess]]]
 
 
 @click.command()
 @click.option("--kills", default=20, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(kills: int, seed: int) -> None:
+@click.option("--set", "assignments", multiple=True, help="A setting of the run, as KEY=VALUE.")
+def main(kills: int, seed: int, assignments: tuple[str, ...]) -> None:
     """Print where each kill struck and what was found, and whether the end is the same."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        dataset = make_dataset(folder)
         steps = kills * STEPS_A_KILL
+        dataset = make_dataset(folder)
+        settings = (f"recipe.steps={steps}", f"run.save_every={SAVE_EVERY}", *assignments)
+        started = partial(start, dataset, (*settings, "run.evaluate_every=0"))
         unbroken, killed = folder / "unbroken", folder / "killed"
-        with started(dataset, unbroken, steps) as ranks:
+        with started(unbroken) as ranks:
             assert wait(ranks) == [0] * RANKS
-        found = [kill_once(dataset, killed, steps, random.Random(seed + n)) for n in range(kills)]
-        with started(dataset, killed, steps) as ranks:
+        found = [kill_once(started, killed, random.Random(seed + n)) for n in range(kills)]
+        with started(killed) as ranks:
             assert wait(ranks) == [0] * RANKS
         during = sum(struck for struck, _ in found)
         restored = [step for _, step in found]
@@ -63,9 +69,9 @@ def main(kills: int, seed: int) -> None:
     )
 
 
-def kill_once(dataset: Path, run: Path, steps: int, chosen: random.Random) -> tuple[bool, int]:
+def kill_once(started: Start, run: Path, chosen: random.Random) -> tuple[bool, int]:
     """Start the run and kill a rank; whether a save was on, and the step of what is left."""
-    with started(dataset, run, steps) as ranks:
+    with started(run) as ranks:
         for _ in range(chosen.randint(1, 2)):
             wait_for_save(run, ranks)
         time.sleep(chosen.choice((0.0, chosen.uniform(0, 0.02), chosen.uniform(0, 0.2))))
@@ -85,12 +91,12 @@ def wait_for_save(run: Path, ranks: list[BaseProcess]) -> None:
 
 
 @contextmanager
-def started(dataset: Path, run: Path, steps: int) -> Iterator[list[BaseProcess]]:
+def start(dataset: Path, settings: tuple[str, ...], run: Path) -> Iterator[list[BaseProcess]]:
     """Ranks of `megavideo train`; forked, since starting Python anew takes longer than a run."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as store:
         ranks: list[BaseProcess] = [
-            context.Process(target=_rank, args=(rank, Path(store) / "store", dataset, run, steps))
+            context.Process(target=_rank, args=(rank, Path(store), dataset, settings, run))
             for rank in range(RANKS)
         ]
         for rank in ranks:
@@ -117,17 +123,13 @@ def seals(run: Path) -> dict[str, str]:
     return read_manifest(whole / MANIFEST).seals
 
 
-def _rank(rank: int, store: Path, dataset: Path, run: Path, steps: int) -> None:
+def _rank(rank: int, store: Path, dataset: Path, settings: tuple[str, ...], run: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=RANKS)
-    settings = {
-        "run.directory": run,
-        "run.save_every": SAVE_EVERY,
-        "run.evaluate_every": 0,
-        "recipe.steps": steps,
-    }
-    config = load_config([dataset], [f"{key}={value}" for key, value in settings.items()])
+    dist.init_process_group(
+        "gloo", init_method=(store / "store").as_uri(), rank=rank, world_size=RANKS
+    )
+    config = load_config([dataset], [*settings, f"run.directory={run}"])
     train(_open_run(config, join_world(1.0, config.parallel)))
     dist.destroy_process_group()
 
