@@ -24,6 +24,8 @@ from tests.world import run_world
 
 DEEP = MODEL.model_copy(update={"layers": 4})
 TWO_STAGES = {"pp": 2, "zero": 1}
+STILL = {**SGD, "lr": 1e-30}  # steps leave the weights where they are
+INTERLEAVED = {**TWO_STAGES, "virtual_stages": 2}
 
 
 def config(folder: Path, *settings: dict[str, Any]) -> Config:
@@ -54,26 +56,28 @@ def _on_two_stages(rank: int, folder: Path) -> None:
         [
             (SGD, {"pp": 2, "zero": 0}),
             (ADAMW, {"pp": 2, "zero": 0}),
-            (SGD, TWO_STAGES),
             (ADAMW, {**TWO_STAGES, "recompute": "layer", "partition": (2, 4)}),
+            (SGD, INTERLEAVED),
+            (ADAMW, {**INTERLEAVED, "recompute": "layer"}),
         ]
     ):
         run = folder / f"parity-{number}"
         assert_trains_like_golden(config(run, {}, optimizer, layout), world)
-    for precision, zero in (("fp32", 0), ("fp32", 1), ("bf16", 1)):
-        layout = {"pp": 2, "zero": zero}
-        run = folder / f"{precision}-{zero}"
-        assert_leaves_no_trace(precision, layout, world, run / "skip", math.inf)
+    for number, (precision, layout) in enumerate(
+        [("fp32", {"pp": 2, "zero": 0}), ("bf16", TWO_STAGES), ("fp32", INTERLEAVED)]
+    ):
+        run = folder / f"state-{number}"
         recipe = {**DROPOUT, "precision": precision}
+        assert_leaves_no_trace(config(run / "skip", recipe, {}, layout), world, math.inf)
         assert_resumes(world, config(run / "resume", recipe, {}, {**layout, "recompute": "layer"}))
-    _assert_evaluates(world, folder / "evaluate")
+    _assert_evaluates(world, config(folder / "a", DROPOUT, STILL, TWO_STAGES))
+    _assert_evaluates(world, config(folder / "b", DROPOUT, STILL, INTERLEAVED))
     _assert_catches_a_changed_frozen_weight(world, folder / "tripwire")
     _go_on_with_a_run_of_one_process(world, folder)
 
 
-def _assert_evaluates(world: World, folder: Path) -> None:
+def _assert_evaluates(world: World, settings: Config) -> None:
     """Without dropout, before and after a step; every rank is told."""
-    settings = config(folder, DROPOUT, {**SGD, "lr": 1e-30}, TWO_STAGES)  # weights stay
     engine, golden = build_engine(settings, world, FINGERPRINT), Golden(settings)
     golden.model.eval()
     expected = golden.objective(golden.model, batch_at(range(100, 102))).detach()
@@ -118,5 +122,5 @@ def _on_two_replicas_of_two_stages(rank: int, folder: Path) -> None:
         settings = config(folder / f"parity-{zero}", {}, ADAMW, {"pp": 2, "zero": zero})
         assert_trains_like_golden(settings, world)
     harm = math.nan if world.mesh.dp.rank == 1 else 0.0  # one replica's loss makes both skip
-    assert_leaves_no_trace("fp32", TWO_STAGES, world, folder / "skip", harm)
+    assert_leaves_no_trace(config(folder / "skip", {}, {}, TWO_STAGES), world, harm)
     assert_resumes(world, config(folder / "resume", DROPOUT, {}, TWO_STAGES))

@@ -49,7 +49,8 @@ def _on_two_ranks(rank: int, folder: Path) -> None:
     for precision, zero in HOMES:
         harm = math.nan if rank == 1 else 0.0  # one rank's loss makes both skip
         run = folder / f"skip-{precision}-{zero}"
-        assert_leaves_no_trace(precision, {"zero": zero}, world, run, harm)
+        settings = config(run, {"precision": precision}, parallel={"zero": zero})
+        assert_leaves_no_trace(settings, world, harm)
 
 
 def assert_resumes(world: World, settings: Config) -> None:

@@ -13,6 +13,7 @@ from megavideo.config.schema import Config
 from megavideo.engine.home import Home, SeedDropout, Update, poisoned
 from megavideo.engine.objective import Batch, Objective
 from megavideo.engine.pipeline.execution import ExactPipelineEngine
+from megavideo.engine.pipeline.interleaved import InterleavedPipelineEngine
 from megavideo.engine.pipeline.module import PipelineLayers, new_pipeline_model
 from megavideo.engine.quiet import hushed
 from megavideo.engine.world import World
@@ -36,8 +37,10 @@ class PipelineHome(Home):
     ) -> "PipelineHome":
         assert isinstance(model, PipelineLayers)
         objective = Objective(config.model, config.recipe, world.device, world.mesh)
+        interleaves = config.parallel.virtual_stages > 1
+        engine_class = InterleavedPipelineEngine if interleaves else ExactPipelineEngine
         with hushed():
-            engine = ExactPipelineEngine(model, optimizer, config, world.mesh)
+            engine = engine_class(model, optimizer, config, world.mesh)
         return cls(engine, objective, world)
 
     def __init__(self, engine: ExactPipelineEngine, objective: Objective, world: World):

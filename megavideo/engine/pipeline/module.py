@@ -65,7 +65,6 @@ class PipelineLayers(deepspeed.PipelineModule):
 
 def new_pipeline_model(config: Config, world: World) -> PipelineLayers:
     """This rank's layers on its device, values not set yet."""
-    assert config.parallel.virtual_stages == 1, "interleaving comes with the next change"
     runs = partition(config.model, config.recipe, config.parallel)
     held = [n for run in runs_of_rank(runs, world.mesh.pp.rank, world.mesh.pp.size) for n in run]
     layers = new_layers(config, world.device, held, world.mesh)
