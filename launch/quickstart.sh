@@ -65,6 +65,18 @@ for name in stage1 stage2; do
     held_out $name shuffled --shuffle-captions
 done
 
+# Videos: captions of two held-out clips become 33 frames each. Keyframes of 48 prompts are judged by
+# a classifier: does it see the colour and the direction that the prompt names?
+show megavideo generate --checkpoint "$run/stage1" --stage2 "$run/stage2" --output "$run/videos" \
+    --image-tokenizer "$run/image.safetensors" \
+    --prompt "a purple star moves to the right on a white background" \
+    --prompt "an orange square moves to the left on a black background"
+show megavideo generate --checkpoint "$run/stage1" --output "$run/judged" --batch 48 \
+    --image-tokenizer "$run/image.safetensors" --prompts launch/demo-prompts.txt
+show megavideo score-clips "$run/judged" --image-tokenizer "$run/image.safetensors" \
+    --json "$run/judged.json"
+
 show megavideo report "$run/base" "$run/stage1" "$run/stage2" --output "$run/report" \
-    --image-tokenizer "$run/image.safetensors"
+    --image-tokenizer "$run/image.safetensors" --generated "$run/videos" \
+    --captions "$run/clips/captions.csv" --scores "$run/judged.json"
 printf '\nDone in %d s. Look at %s/report/report.md\n' "$SECONDS" "$run"

@@ -70,6 +70,10 @@ COMMANDS = {
         "megavideo.generate.command:main",
         "Generate videos from prompts.",
     ),
+    "score-clips": (
+        "megavideo.data_tools.score_clips:main",
+        "Judge generated clips by their prompts' colour and motion.",
+    ),
     "analyze": (
         "megavideo.analysis.command:main",
         "Plot how a trained model uses its two channels.",

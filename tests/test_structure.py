@@ -29,6 +29,7 @@ ALLOWED = {
     "generate": {
         "config",
         "layout",
+        "parallel",
         "model",
         "sampling",
         "data",
@@ -48,7 +49,7 @@ ALLOWED = {
         "superres",
         "generate",
     },
-    "report": {"config", "layout", "model", "data", "checkpoint", "engine", "train"},
+    "report": {"config", "layout", "model", "data", "checkpoint", "engine", "train", "generate"},
     "data_tools": {"config", "layout", "sampling", "data"},
 }
 SHARED = {"log", "files"}

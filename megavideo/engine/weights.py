@@ -74,9 +74,15 @@ def checkpoint_weights(model: nn.Module, config: Config, checkpoint: Path) -> No
     load_tensors(places(model), weights, _shapes(config), str(checkpoint))
 
 
-def load_model(config: Config, checkpoint: Path, device: torch.device) -> nn.Sequential:
-    """A checkpoint's model for evaluation and generation: in recipe.precision, without dropout."""
-    model = new_model(config, device)
+def load_model(
+    config: Config, checkpoint: Path, device: torch.device, mesh: Mesh = SINGLE
+) -> nn.Sequential:
+    """A checkpoint's model for evaluation and generation: in recipe.precision, without dropout.
+
+    Args:
+        mesh: of which this rank gets its part of every layer; without it the layers are whole.
+    """
+    model = new_model(config, device, mesh)
     checkpoint_weights(model, config, checkpoint)
     return model.to(DTYPES[config.recipe.precision]).eval()
 

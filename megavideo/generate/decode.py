@@ -78,6 +78,9 @@ def decode(
         image: int64 [B, F, N]; only frames in `given` are read.
         wanted: frames to decode, in this order; the rules must let each see those before it.
 
+    Over tensor-parallel ranks, every one of them must call it with the same arguments, and all get
+    the same logits, to the bit, to draw from.
+
     Returns: `image` with the wanted frames filled in.
     """
     image = image.clone()
@@ -103,6 +106,7 @@ class _Decoder:
         self.prompts = prompts if how.guidance is None else _stack(prompts, how.guidance.prompts)
         self.cursor = Cursor(np.arange(0))
         self.positions = embedding.image_positions()
+        self.rows = head.rows()
 
     @contextmanager
     def caches(self) -> Iterator[None]:
@@ -152,7 +156,7 @@ class _Decoder:
             [frame * self.embedding.model.grid.tokens_per_frame + position]
         )
         no_text = self.prompts.text[:, :0]
-        logits = self.head.logits(self._run(no_text, inputs))[:, 0]
+        logits = self.head.logits(self._run(no_text, inputs)[:, 0], self.rows)
         if self.how.guidance is None:
             return logits
         conditional, guider = logits.chunk(2)

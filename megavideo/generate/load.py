@@ -44,18 +44,19 @@ def checkpoint_digest(checkpoint: Path) -> str:
 def load_stage(checkpoint: Path, config: Config, parallel: ParallelConfig, world: World) -> Stage:
     """Load a checkpoint's model, in recipe.precision, onto this process's device."""
     config = config.model_copy(update={"parallel": parallel})
-    model = load_model(config, checkpoint, world.device)
-    return Stage(model, config, TextTokenizer(config.data.text_tokenizer, config.model.image_codes))
+    model = load_model(config, checkpoint, world.device, world.mesh)
+    text = TextTokenizer(config.data.text_tokenizer, config.model.image_codes)
+    return Stage(model, config, text, world.mesh)
 
 
 def base_of(stage: Stage) -> Stage:
     """The text-to-image model that a text-to-video model holds: the same weights, not copied."""
     config = stage.config.model_copy(update={"recipe": base_recipe(stage.config.recipe)})
     with torch.device("meta"):
-        base = build_model(config.model, config.recipe)
+        base = build_model(config.model, config.recipe, mesh=stage.mesh)
     weights = canonical_parameters(stage.model)
     shared = {parameter: weights[name] for name, parameter in canonical_parameters(base).items()}
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, shared[parameter])
-    return Stage(base.eval(), config, stage.text)
+    return Stage(base.eval(), config, stage.text, stage.mesh)

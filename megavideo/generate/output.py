@@ -11,6 +11,7 @@ written under a name that is read.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ def is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
     if damaged:
         log.warning("making %s again: %s missing or damaged", folder, ", ".join(damaged))
     return not damaged
+
+
+@dataclass(frozen=True)
+class FinishedVideo:
+    """What about.json says of a folder."""
+
+    folder: Path
+    prompt: str
+    fps: float
+
+
+def finished_videos(folder: Path) -> list[FinishedVideo]:
+    """The videos in `folder` that have an about.json, by name."""
+    found = []
+    for path in sorted(folder.glob(f"*/{ABOUT}")):
+        about = json.loads(path.read_bytes())
+        found.append(FinishedVideo(path.parent, about["prompt"], about["fps"]))
+    return found
 
 
 def _digest(path: Path) -> str | None:

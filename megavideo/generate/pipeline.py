@@ -18,6 +18,7 @@ from megavideo.data.prompt import Prompter
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.generate.decode import Decoding, Draw, Guidance, Prompts, decode
 from megavideo.generate.requests import Request
+from megavideo.parallel.mesh import Mesh
 from megavideo.sampling.randomness import uniforms
 from megavideo.sampling.strategy import Strategy
 
@@ -49,10 +50,14 @@ class Drawing:
 
 
 class Stage:
-    """A model ready to decode, with the text tokenizer that it was trained with."""
+    """A model ready to decode, with the text tokenizer that it was trained with.
 
-    def __init__(self, model: nn.Sequential, config: Config, text: TextTokenizer):
+    `mesh` says over which ranks it is cut; they decode the same videos together.
+    """
+
+    def __init__(self, model: nn.Sequential, config: Config, text: TextTokenizer, mesh: Mesh):
         self.model = model
+        self.mesh = mesh
         self.config = config
         self.grid = config.model.grid
         self.text = text

@@ -42,7 +42,7 @@ def generate(settings: Settings, world: World) -> str:
         return f"all {there} videos are there already: {settings.output}"
     if there:
         log.info("%d of %d videos are there already; they are kept", there, there + len(todo))
-    generation = world.first_on_rank_zero(lambda: Generation(settings, world))
+    generation = _loaded(settings, world)
     mine = todo[world.mesh.dp.rank :: world.mesh.dp.size]
     total = len(mine) * settings.work(generation.given.shape[1]).tokens
     with progress("generating", total=total) as advance:
@@ -145,6 +145,13 @@ class Generation:
             return torch.zeros(1, 0, 0, dtype=torch.int64)
         device = self.tokenizer.quantize.embed.weight.device
         return self.tokenizer.encode(images_of(frames).to(device)).flatten(1)[None]
+
+
+def _loaded(settings: Settings, world: World) -> Generation:
+    """Every rank loads at the same time; a mistake is told once."""
+    own: list[Generation] = []
+    world.together(lambda: own.append(Generation(settings, world)))
+    return own[0]
 
 
 def load_tokenizer(settings: Settings) -> ImageTokenizer:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megavideo.config.schema import ModelConfig
 from megavideo.model.layers import LayerNorm, Streams
+from megavideo.parallel.collectives import gather_slots
 from megavideo.parallel.linear import first_rows
 from megavideo.parallel.loss import cross_entropy
 from megavideo.parallel.mesh import Axis
@@ -76,6 +77,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(model.hidden, model.norm_eps, region)
         self.rows = rows
+        self.codes = model.image_codes
         self.num_columns = -(-model.image_codes // region.axis.size)
         self.per_frame = model.grid.tokens_per_frame
         self.frames = list(frames)
@@ -87,9 +89,17 @@ class Head(nn.Module):
         (states,), _ = self.region.enter([self.norm(image)])
         return self.columns(states.unflatten(1, (-1, self.per_frame))[:, self.frames])
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., columns] of states [..., h] of any slots, in one process."""
-        return self.columns(self.norm(states))
+    def logits(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Logits [B, codes], whole on every rank, of states [B, h] of any slots.
+
+        Args:
+            rows: what `self.rows()` gave: a caller of many steps asks once, since it may be sent
+                over ranks.
+        """
+        logits = self._of_rows(self.norm(states), rows)
+        if self.region.axis.size > 1:
+            (logits,), _ = gather_slots([logits], (), self.region.axis)
+        return logits[:, : self.codes]
 
     def columns(self, normed: Tensor) -> Tensor:
         """Logits [..., columns] of normed states [..., h], in float32 or wider.
@@ -97,7 +107,10 @@ class Head(nn.Module):
         Columns are this rank's image codes. Where codes do not divide, the last ranks' missing
         columns are -inf.
         """
-        logits = F.linear(normed, self.rows())
+        return self._of_rows(normed, self.rows())
+
+    def _of_rows(self, normed: Tensor, rows: Tensor) -> Tensor:
+        logits = F.linear(normed, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         missing = self.num_columns - logits.shape[-1]
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits

@@ -9,10 +9,12 @@ from megavideo.data.image_tokenizer import ImageTokenizer
 from megavideo.files import atomic_path, atomic_write
 from megavideo.log import log
 from megavideo.report.curves import draw_losses
+from megavideo.report.generated import draw_generated, judgement
 from megavideo.report.predictions import draw_predictions
 from megavideo.report.runs import FinishedRun, open_run
 
 FOLDER = click.Path(path_type=Path)
+GENERATED = "generated.png"
 
 
 @click.command()
@@ -22,12 +24,24 @@ FOLDER = click.Path(path_type=Path)
     "--image-tokenizer", type=FOLDER, help="Draws predicted frames of runs with held-out data."
 )
 @click.option("--samples", default=4, show_default=True, help="Held-out samples to draw per run.")
-def main(runs: tuple[Path, ...], output: Path, image_tokenizer: Path | None, samples: int) -> None:
+@click.option("--generated", type=FOLDER, help="Videos of `megavideo generate` to show.")
+@click.option("--captions", type=FOLDER, help="Table of real clips, shown beside those.")
+@click.option("--scores", type=FOLDER, help="What `megavideo score-clips --json` wrote.")
+def main(
+    runs: tuple[Path, ...],
+    output: Path,
+    image_tokenizer: Path | None,
+    samples: int,
+    generated: Path | None,
+    captions: Path | None,
+    scores: Path | None,
+) -> None:
     """Write a report about RUNS (folders of `megavideo train`) into a folder.
 
     It holds loss curves, what each run reached and how fast, whether its frozen weights are what
     they were, and the held-out loss with right and with shuffled captions where `megavideo evaluate
-    --json RUN/held-out-right.json` (and -shuffled) was run before.
+    --json RUN/held-out-right.json` (and -shuffled) was run before; with --generated and
+    --captions, generated videos under real clips of the same caption.
 
     \b
     Example:
@@ -44,14 +58,20 @@ def main(runs: tuple[Path, ...], output: Path, image_tokenizer: Path | None, sam
                 pictures[run.name] = f"predictions-{run.name}.png"
                 with atomic_path(output / pictures[run.name]) as temporary:
                     draw_predictions(run, tokenizer, samples).save(temporary)
+    if (generated is None) != (captions is None):
+        raise ValueError("--generated and --captions go together")
+    if generated is not None and captions is not None:
+        with atomic_path(output / GENERATED) as temporary:
+            draw_generated(generated, captions).save(temporary)
+    shown = _generated(generated is not None, scores)
     with atomic_write(output / "report.md") as file:
-        file.write(_page(opened, pictures).encode())
+        file.write(_page(opened, pictures, shown).encode())
     log.info("wrote %s", output / "report.md")
 
 
-def _page(runs: Sequence[FinishedRun], pictures: dict[str, str]) -> str:
+def _page(runs: Sequence[FinishedRun], pictures: dict[str, str], generated: str) -> str:
     sections = ["# Training report", "![loss curves](losses.png)", _figures(runs)]
-    sections += [_utilisation(runs), _captions(runs), _frozen(runs)]
+    sections += [_utilisation(runs), _captions(runs), _frozen(runs), generated]
     sections += [
         f"## Predicted frames: {name}\n\n![{name}]({file})" for name, file in pictures.items()
     ]
@@ -124,6 +144,18 @@ def _frozen(runs: Sequence[FinishedRun]) -> str:
         return ""
     about = "Digest (xxh3-128) of all frozen weights, before training and at the last save."
     return f"## Frozen weights\n\n{about}\n\n" + _table(["run", "before", "after", ""], rows)
+
+
+def _generated(shown: bool, scores: Path | None) -> str:
+    parts = [f"![generated videos]({GENERATED})"] if shown else []
+    if scores is not None:
+        parts.append(
+            "How often a classifier, trained on real clips, sees in a clip what its caption says: "
+            "in generated clips, and in real ones that passed the image tokenizer."
+        )
+        heads = ["attribute", "clips", "generated", "real", "chance"]
+        parts.append(_table(heads, judgement(scores)))
+    return "\n\n".join(["## Generated videos", *parts]) if parts else ""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,16 @@
 """A tiny model of every stage, whose every part matters, and prompts for it."""
 
+from zlib import crc32
+
 import torch
 from torch import Tensor, nn
 
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.generate.decode import Decoding, Prompts, decode
 from megavideo.layout.rules import loss_frames
-from megavideo.model.build import build_model, canonical_parameters, stage_grid
+from megavideo.model.build import build_model, stage_grid
+from megavideo.model.places import places
+from megavideo.parallel.mesh import Mesh
 
 MODEL = ModelConfig(
     hidden=16,
@@ -16,7 +20,7 @@ MODEL = ModelConfig(
     frames=5,
     side=4,
     vocab_size=60,
-    image_codes=30,
+    image_codes=31,  # does not divide by two ranks
     pad=33,
     newline=34,
     begin_of_image=59,
@@ -26,24 +30,24 @@ MODEL = ModelConfig(
 )
 
 PLAIN = Decoding()
+SINGLE = Mesh.single()
 
 
 def recipe(stage: str, window: int = 0) -> RecipeConfig:
     return RecipeConfig(stage=stage, window=window, steps=1)  # type: ignore[arg-type]
 
 
-def tiny_model(stage: str, window: int = 0) -> nn.Sequential:
-    return draw_weights(MODEL, recipe(stage, window))
+def tiny_model(stage: str, window: int = 0, mesh: Mesh = SINGLE) -> nn.Sequential:
+    return draw_weights(MODEL, recipe(stage, window), mesh)
 
 
-def draw_weights(config: ModelConfig, recipe: RecipeConfig) -> nn.Sequential:
+def draw_weights(config: ModelConfig, recipe: RecipeConfig, mesh: Mesh = SINGLE) -> nn.Sequential:
     """Weights large enough that a wrong mask or position changes the likeliest token."""
-    model = build_model(config, recipe).eval()
-    for number, parameter in enumerate(canonical_parameters(model).values()):
-        generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(drawn if parameter.dim() == 1 else drawn / parameter.shape[-1] ** 0.5)
+    model = build_model(config, recipe, mesh=mesh).eval()
+    for place in places(model):
+        generator = torch.Generator().manual_seed(crc32(place.name.encode()))
+        drawn = torch.randn(place.shape, generator=generator)
+        place.fill(drawn if drawn.dim() == 1 else drawn / drawn.shape[-1] ** 0.5)
     return model
 
 
