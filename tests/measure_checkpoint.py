@@ -9,7 +9,6 @@ the page cache. Saving: seconds that training stands still, and seconds of writi
 
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,11 @@ from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.formats.interface import shard_for
 from megavideo.checkpoint.manifest import MANIFEST, Progress, Training
 from megavideo.checkpoint.parts import Parts, open_parts
+from megavideo.config.schema import Config
+from megavideo.engine.base import store_base
 from megavideo.engine.build import build_engine
+from megavideo.engine.engine import Engine
+from megavideo.engine.part_plan import frozen_tensors
 from megavideo.engine.snapshot import Saver
 from megavideo.engine.world import join_world
 from megavideo.parallel.shard import cut, part_shape
@@ -114,9 +117,9 @@ def measure_saving(rank: int, folder: Path) -> None:
     model = MODEL.model_copy(update={"hidden": HIDDEN, "heads": 8, "layers": layers})
     settings = config(folder / "saved").model_copy(update={"model": model})
     engine = build_engine(settings, join_world(1.0), FINGERPRINT)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = {"store the base": measure_base(engine, settings, folder / "again")}
     saver = Saver(engine, settings, FINGERPRINT)
-    told = {}
+    before = peak_from_here()
     for number in range(3):
         engine.progress = replace(engine.progress, step=number)
         started = time.perf_counter()
@@ -129,9 +132,33 @@ def measure_saving(rank: int, folder: Path) -> None:
             f"{saved.stall_s:.3f} s of training lost ({stall:.3f} s copy and tripwire), "
             f"{saved.write_s:.2f} s of writing beside it"
         )
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    told["memory"] = f"{grown:.0f} MiB more than before the first save"
+    told["memory of the three saves"] = f"{memory('VmHWM') - before:.0f} MiB"
     (folder / "saving.json").write_text(json.dumps(told))
+
+
+def measure_base(engine: Engine, settings: Config, run: Path) -> str:
+    """Seconds and memory for storing the frozen weights in a folder that lacks them."""
+    tensors = frozen_tensors(settings, torch.float32)
+    before, started = peak_from_here(), time.perf_counter()
+    store_base(engine.frozen, tensors, run)
+    size = sum(spec.nbytes for spec in tensors.values()) / MIB
+    largest = max(spec.nbytes for spec in tensors.values()) / MIB
+    return (
+        f"{size:.0f} MiB in {time.perf_counter() - started:.2f} s, with "
+        f"{memory('VmHWM') - before:.0f} MiB of memory; the largest tensor has {largest:.0f} MiB"
+    )
+
+
+def peak_from_here() -> float:
+    """Forget the peak of this process's memory; MiB that it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field: str) -> float:
+    """MiB of this process, as the kernel counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,27 @@ def test_a_damaged_checkpoint_is_redone_from_the_one_before(world: World, tmp_pa
     assert build_engine(settings, world, FINGERPRINT).progress.step == 2
 
 
+def test_a_damaged_another_or_missing_base_is_refused(world: World, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    save_checkpoint(build_engine(settings, world, FINGERPRINT), settings, FINGERPRINT)
+    (base,) = (tmp_path / "base").iterdir()
+    path = base / "layers.1.tp-00-of-01.safetensors"
+    healthy = path.read_bytes()
+    path.write_bytes(healthy[:-3] + bytes([healthy[-3] ^ 8]) + healthy[-2:])
+    with pytest.raises(ValueError, match=r"layers\.1.*is damaged: layers\.1\.\S+ differs from its"):
+        build_engine(settings, world, FINGERPRINT)
+    path.write_bytes(healthy)
+    other = config(tmp_path / "other", {"seed": 5})
+    digest = build_engine(other, world, FINGERPRINT).frozen.digest
+    base.rename(tmp_path / "kept")
+    (tmp_path / "other" / "base" / str(digest)).rename(base)
+    with pytest.raises(ValueError, match=f"holds another base, {digest}"):
+        build_engine(settings, world, FINGERPRINT)
+    base.rename(tmp_path / "not it")
+    with pytest.raises(ValueError, match="copy it back"):
+        build_engine(settings, world, FINGERPRINT)
+
+
 def test_other_data_or_another_stage_is_refused(world: World, tmp_path: Path) -> None:
     settings = config(tmp_path)
     save_checkpoint(build_engine(settings, world, FINGERPRINT), settings, FINGERPRINT)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megavideo.checkpoint import commit
 from megavideo.checkpoint.base import base_path, open_base
-from megavideo.checkpoint.commit import list_checkpoints, newest_whole, prune
+from megavideo.checkpoint.commit import checkpoints_of, list_checkpoints, newest_whole, prune
 from megavideo.checkpoint.files import combined_digest
-from megavideo.checkpoint.manifest import MANIFEST, Progress, Training, read_training
+from megavideo.checkpoint.manifest import MANIFEST, Progress, Training, read_training, write_sealed
 from megavideo.checkpoint.parts import open_parts
 from tests.unit.checkpoint.samples import entries_of, weights, write_checkpoint, write_parts
 
@@ -93,6 +93,17 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     with propagating():
         assert_holds(newest_whole(tmp_path), 1)
     assert "passing over checkpoint step-00000002" in caplog.text
+
+
+def test_another_versions_checkpoint_is_refused_by_its_format(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoints_of(tmp_path) / "step-00000001"
+    folder.mkdir(parents=True)
+    write_sealed(folder / MANIFEST, "megavideo-checkpoint-1", {"files": {}})
+    with propagating(), pytest.raises(ValueError, match="another version's, as said above"):
+        newest_whole(tmp_path)
+    assert "format 'megavideo-checkpoint-1'; this version reads only" in caplog.text
 
 
 def test_latest_may_be_set_back_by_hand(tmp_path: Path) -> None:
