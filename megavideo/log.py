@@ -30,9 +30,10 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler = StderrHandler()
     prefix = f"[rank {rank()}] " if "RANK" in os.environ else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-    log.handlers[:] = [handler]
+    handler.setLevel(level if rank() == 0 else max(level, logging.WARNING))
+    log.handlers[:] = [handler]  # DeepSpeed's logger is given this handler too
     log.propagate = False
-    log.setLevel(level if rank() == 0 else max(level, logging.WARNING))
+    log.setLevel(handler.level)
 
 
 @contextmanager
