@@ -16,14 +16,15 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, [*FILES, "--steps", "2", *arguments])
 
 
-def test_data_parallel_layouts_train_like_one_process(tmp_path: Path) -> None:
+def test_layouts_of_every_kind_train_like_one_process(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
-    result = run("--layouts", "dp2-zero0 dp2-zero3", "--json", str(rows))
+    layouts = "dp2-zero3 tp2-sp pp2-vp2"
+    result = run("--set", "model.layers=4", "--layouts", layouts, "--json", str(rows))
     assert result.exit_code == 0, result.output
-    assert "2 layouts compared with one process, 0 out of tolerance" in result.output
+    assert "3 layouts compared with one process, 0 out of tolerance" in result.output
     table = json.loads(rows.read_text())
     assert [row["case"] for row in table[:4]] == ["sgd", "sgd, clipped", "adamw", "adamw, clipped"]
-    assert len(table) == 8 and all(0 < row["difference"]["update"] < 1e-4 for row in table)
+    assert len(table) == 12 and all(0 < row["difference"]["update"] < 1e-4 for row in table)
 
 
 def test_a_layout_out_of_tolerance_ends_with_status_one() -> None:
