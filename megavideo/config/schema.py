@@ -61,10 +61,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ModelConfig":
         if self.hidden % self.heads:
-            divisors = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0]
             raise ValueError(
                 f"model.heads={self.heads} does not divide model.hidden={self.hidden}; "
-                f"use one of {', '.join(map(str, divisors))}"
+                f"use one of {_listed(_divisors(self.hidden))}"
             )
         for name in ("pad", "newline", "begin_of_image", "image_codes"):
             if getattr(self, name) >= self.vocab_size:
@@ -302,10 +301,9 @@ class Config(Section):
     def _sections_fit(self) -> "Config":
         model, recipe = self.model, self.recipe
         if recipe.window and model.side % recipe.window:
-            divisors = [w for w in range(2, model.side + 1) if model.side % w == 0]
             raise ValueError(
                 f"recipe.window={recipe.window} does not divide model.side={model.side}; "
-                f"use one of {', '.join(map(str, divisors))}"
+                f"use one of {_listed(_divisors(model.side)[1:])}"
             )
         if recipe.stage != "image" and model.frames < 2:
             raise ValueError(
@@ -335,16 +333,16 @@ class Config(Section):
                 "parallel.sequence_parallel=True has no effect with parallel.tp=1, where no layer "
                 "is cut; set parallel.tp to at least 2, or parallel.sequence_parallel=False"
             )
-        frames = 1 if self.recipe.stage == "image" else model.frames
-        for slots, what in (
-            (model.text_slots, f"model.text_slots={model.text_slots}"),
-            (frames * model.side**2, f"{frames} frame(s) of model.side={model.side} squared slots"),
-        ):
-            if slots % tp:
-                raise ValueError(
-                    f"parallel.tp={tp} does not divide the {what}, so parallel.sequence_parallel "
-                    "cannot cut them; choose another tp, or parallel.sequence_parallel=False"
-                )
+        text, frames = model.text_slots, 1 if self.recipe.stage == "image" else model.frames
+        image = frames * model.grid.tokens_per_frame
+        if text % tp or image % tp:
+            fits = [n for n in _divisors(model.heads) if n > 1 and text % n == image % n == 0]
+            raise ValueError(
+                f"parallel.sequence_parallel=True cannot cut model.text_slots={text} and the "
+                f"{image} image slots of stage {self.recipe.stage} over parallel.tp={tp}; "
+                + (f"use parallel.tp={_listed(fits)}, or " if fits else "")
+                + "parallel.sequence_parallel=False"
+            )
 
     def _check_pipeline(self) -> None:
         parallel, layers = self.parallel, self.model.layers

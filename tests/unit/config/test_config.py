@@ -48,6 +48,14 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("recipe.hidden_dropout=.nan", "recipe.hidden_dropout"),
         ("recipe.stage=stage3", "recipe.stage='stage3' .*'image', 'keyframes' or 'interpolation'"),
         ("model.heads=5", "model.heads=5 does not divide model.hidden=32; use one of 1, 2, 4"),
+        (
+            "parallel.tp=3",
+            "parallel.tp=3 does not divide model.heads=4; use one of 1, 2, 4",
+        ),
+        (
+            "parallel.sequence_parallel=true",
+            "parallel.sequence_parallel=True has no effect with parallel.tp=1",
+        ),
         ("recipe.window=3", "recipe.window=3 does not divide model.side=4; use one of 2, 4"),
         ("recipe.window=1", "recipe.window=1 cannot be shifted"),
         ("recipe.stage=interpolation", "recipe.stage=interpolation needs a window"),
@@ -63,6 +71,20 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
 def test_a_mistake_is_one_error_with_value_place_and_remedy(assignment: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(assignment)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["model.text_slots=6"], r"text_slots=6 and the 80 image slots .* parallel.tp=2, or "),
+        (["model.text_slots=7"], r"over parallel.tp=4; parallel.sequence_parallel=False"),
+        (["model.frames=3", "model.side=1", "recipe.window=0"], r"the 3 image slots of stage"),
+    ],
+)
+def test_slots_that_cannot_be_cut_evenly_are_refused(assignments: list[str], message: str) -> None:
+    cut = ["parallel.tp=4", "parallel.sequence_parallel=true"]
+    with pytest.raises(ValueError, match=message):
+        load(*cut, *assignments)
 
 
 @pytest.mark.parametrize(
