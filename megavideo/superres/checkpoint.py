@@ -44,6 +44,7 @@ class Origin:
 
 def save(folder: Path, model: DirectSuperResolution, origin: Origin) -> None:
     """Write `model`: its trainable weights, and once, by content, the frozen ones."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # beside new weights an old one would say: damaged
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     base = combined_digest({name: tensor_entry(tensor) for name, tensor in frozen.items()})

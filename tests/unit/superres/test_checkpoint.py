@@ -35,6 +35,17 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
     assert load(tmp_path, dtype=torch.bfloat16).embedding.word.dtype == torch.bfloat16
 
 
+def test_a_save_that_was_cut_off_leaves_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved(tmp_path)
+    monkeypatch.setattr("megavideo.superres.checkpoint.write_sealed", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(tmp_path, model, ORIGIN)
+    with pytest.raises(FileNotFoundError, match="is no super-resolution model"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("pattern", ["superres.json", "weights.safetensors", "base/*"])
 def test_damage_is_found(tmp_path: Path, pattern: str) -> None:
     saved(tmp_path)
