@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help install demo test lint clean
 
 help:
-	@echo "make demo    render clips, tokenise them, pretrain both stages, write runs/demo/report (5 minutes on two idle cores)"
+	@echo "make demo    render clips, tokenise them, pretrain both stages, generate videos, write runs/demo/report (6 minutes on two idle cores)"
 	@echo "make test    run all tests (about 5 minutes on two cores)"
 	@echo "make lint    check format, lint and types"
 	@echo "make clean   remove .venv and build files; runs/ stays"

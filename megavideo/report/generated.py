@@ -38,7 +38,7 @@ def draw_generated(folder: Path, captions: Path) -> Image:
             labels.append(f"{video.prompt} (real)")
         rows.append(_spread(made))
         labels.append(f"{video.prompt} (generated)")
-    return contact_sheet(rows, labels, scale=max(1, 96 // rows[-1][0].shape[0]))
+    return contact_sheet(rows, labels, scale=max(1, 128 // rows[-1][0].shape[0]))
 
 
 def judgement(scores: Path) -> Sequence[Sequence[str]]:
