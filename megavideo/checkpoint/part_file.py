@@ -133,6 +133,8 @@ class PartFile:
     def read_columns(self, name: str, first: int, last: int, start: int, stop: int) -> Tensor:
         """Columns [first, last) of rows [start, stop) of a matrix, read in bands of whole rows."""
         spec = self.tensors[name]
+        if (first, last) == (0, spec.shape[1]):
+            return self.read(name, start, stop)
         columns = torch.empty((stop - start, last - first), dtype=spec.dtype)
         step = max(1, BAND // (spec.shape[1] * spec.dtype.itemsize or 1))
         for low in range(start, stop, step):
