@@ -23,6 +23,7 @@ fi
 
 # shellcheck disable=SC2329  # a trap calls it
 stop() {
+    interrupted=1
     [[ $1 == again || ! $stopped ]] || return 0
     stopped=1
     local workers=()
@@ -35,9 +36,10 @@ trap 'stop once' TERM HUP USR1
 trap 'stop again' INT
 setsid "${command[@]}" &   # in a session of its own: a terminal's Ctrl-C arrives here alone
 torchrun=$!
-status=0
-# A trapped signal ends `wait` early.
-while kill -0 "$torchrun" 2>/dev/null; do
+while :; do
+    interrupted=
     wait "$torchrun" && status=0 || status=$?
+    # A trapped signal ends `wait` with 128 and its number; torchrun's own status is yet to come.
+    [[ $interrupted && $status -gt 128 ]] || break
 done
 exit "$status"

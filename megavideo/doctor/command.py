@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -45,9 +46,11 @@ def main(
     config = load_config(files, assignments) if files else None
     facts = collect(_paths(config))
     verdicts = _together(facts, config, directory, timeout)
-    if rank() == 0 or verdicts[0].check == "rendezvous":
+    if rank() == 0 or (verdicts[0].check == "rendezvous" and facts.local_rank == 0):
         click.echo("\n".join(map(str, verdicts)))
-    if failed(verdicts):
+    # One process of a node is enough: at the first status that is not 0, torchrun kills the others,
+    # and one of them may still be printing.
+    if failed(verdicts) and facts.local_rank == 0:
         sys.exit(1)
 
 
@@ -72,7 +75,8 @@ def _together(
     except RuntimeError as error:
         if not rank_lost(error):
             raise
-        return [_unreachable(facts, error, timeout), *judge([facts])]
+        alone = replace(facts, rank=0, local_rank=0)
+        return [_unreachable(facts, error, timeout), *judge([alone])]
     return verdicts
 
 

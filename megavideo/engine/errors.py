@@ -12,4 +12,4 @@ def rank_lost(error: RuntimeError) -> bool:
 
     NCCL and the rendezvous have types of their own for this; gloo only says so in its text.
     """
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

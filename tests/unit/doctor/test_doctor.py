@@ -3,21 +3,22 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megavideo.doctor import network
+from megavideo.doctor import command, network
 from megavideo.doctor.facts import collect
 from tests.engine.dataset import make_dataset
 from tests.world import run_world
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megavideo", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    line = [sys.executable, "-m", "megavideo", "doctor", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,20 @@ def test_what_would_stop_training_gives_status_1_and_the_remedy(config: Path) ->
     assert result.returncode == 1
     assert "fail  files          nowhere missing" in result.stdout
     assert "fail  configuration  parallel.world_size=8, but 1 process was started" in result.stdout
+
+
+def test_a_node_that_reaches_nobody_says_so_with_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def join_world(timeout_minutes: float) -> None:
+        raise dist.DistNetworkError("connection refused\nand a long trace")
+
+    monkeypatch.setattr(command, "join_world", join_world)
+    facts = replace(collect(), rank=3, local_rank=1, node="h2")
+    first, *others = command._together(facts, None, None, 15.0)
+    assert str(first).startswith("fail  rendezvous     rank 3 on h2 does not reach all")
+    assert "within 15 s" in first.text and "(connection refused)" in first.text
+    assert others[0].check == "versions"
 
 
 def _two_nodes(rank: int, folder: Path) -> None:
