@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megavideo.checkpoint.formats.detect import open_checkpoint
 from megavideo.checkpoint.formats.interface import Selection, Source, is_moment
 from megavideo.checkpoint.formats.run import RunReader
+from megavideo.checkpoint.manifest import MANIFEST
 from megavideo.checkpoint.sources import open_base_weights, open_start_weights
 from megavideo.config.schema import Config
 from megavideo.model.build import build_model, canonical_parameters
@@ -68,8 +70,13 @@ def start_weights(model: nn.Module, config: Config) -> None:
 
 
 def checkpoint_weights(model: nn.Module, config: Config, checkpoint: Path) -> None:
-    """Set all weights to a checkpoint's: what it trained, and the frozen base that it refers to."""
-    reader = RunReader(checkpoint)
+    """Set all weights to a checkpoint's: what it trained, and the frozen base that it refers to.
+
+    Args:
+        checkpoint: of a run, or a folder of bare weights in any format that can be converted.
+    """
+    of_run = (checkpoint / MANIFEST).is_file()
+    reader = RunReader(checkpoint) if of_run else open_checkpoint(checkpoint)
     weights = Selection(reader, (name for name in reader.tensors if not is_moment(name)))
     load_tensors(places(model), weights, _shapes(config), str(checkpoint))
 

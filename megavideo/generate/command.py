@@ -32,6 +32,8 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @option("--checkpoint", type=FOLDER, help="Stage 1: a checkpoint's folder, or a run's.")
 @option("--stage2", type=FOLDER, help="Stage 2, likewise: frames between frames.")
 @option("--superres", type=FOLDER, help="Super-resolution, of `megavideo train-superres`.")
+@option("--model", type=FILE, help="Sizes of weights that are no run: as cogvideo-9b.yaml.")
+@option("--window", type=NATURAL, default=10, help="Of stage 2's windows, for such weights.")
 @option("--image-tokenizer", type=FILE, required=True, help="The VQ-VAE of the training data.")
 @option("--text-tokenizer", type=FILE, help="sentencepiece model.  [default: the run's]")
 @option("--output", type=FOLDER, required=True, help="Gets a folder for each video.")
@@ -78,9 +80,11 @@ def main(**options: Any) -> None:
       megavideo generate --checkpoint runs/stage1 --stage2 runs/stage2 \\
           --image-tokenizer image.safetensors --output videos \\
           --prompt "a red circle moves up on a white background"
-    The published model's settings:
-      megavideo generate ... --guidance 3 --text-weight 1.4 --clusters cluster_label2.npy \\
-          --image-suffix " 高清摄影" --video-suffix " 视频"
+    The published model (SAT's folders as they are) with its settings:
+      megavideo generate --checkpoint cogvideo-stage1 --stage2 cogvideo-stage2 \\
+          --model configs/model/cogvideo-9b.yaml --text-tokenizer ice_text.model \\
+          --image-tokenizer ice_image.pt --clusters cluster_label2.npy --guidance 3 \\
+          --text-weight 1.4 --image-suffix " 高清摄影" --video-suffix " 视频" ...
     Several processes, two of which share each model:
       torchrun --nproc-per-node 8 -m megavideo generate --tp 2 ...
     """

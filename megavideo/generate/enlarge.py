@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
-from megavideo.superres.checkpoint import MANIFEST, load
+from megavideo.superres.checkpoint import load
 from megavideo.superres.model import DirectSuperResolution
 from megavideo.superres.upsample import direct_strategy, upsample
 
@@ -40,15 +39,3 @@ class Enlarger:
     def __call__(self, text: Sequence[int], frames: Tensor, purpose: str) -> Tensor:
         """Fine tokens int64 [F, M] of frames [F, N]; `purpose` names the video's random numbers."""
         return upsample(self.model, text, frames, self.strategy, self.seed, purpose)
-
-
-def folder_digest(folder: Path) -> str:
-    """What tells this super-resolution from another: XXH3-128 of its manifest, which seals it.
-
-    A published one has none: names and sizes of its files stand in for it.
-    """
-    if (folder / MANIFEST).is_file():
-        return xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    seen = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
-    return xxhash.xxh3_128_hexdigest(repr(seen).encode())

@@ -17,16 +17,24 @@ from megavideo.generate.work import base_recipe
 from megavideo.model.build import build_model, canonical_parameters
 
 
-def open_checkpoint(path: Path, stage: str) -> tuple[Path, Config]:
+def open_checkpoint(path: Path, stage: str, bare: Config | None) -> tuple[Path, Config]:
     """The checkpoint at `path` (a run's newest), and the configuration that it was trained with.
 
+    Args:
+        bare: for bare weights, which do not say what they were trained with.
+
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, and no configuration for bare weights.
         ValueError: if it is damaged, or of another stage than `stage`.
     """
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
-        raise FileNotFoundError(f"{path} holds no checkpoint")
+        if bare is None:
+            raise FileNotFoundError(
+                f"{path} holds no checkpoint of a run; for other weights (SAT, Hugging Face's "
+                "layout, ours) say their sizes with --model FILE"
+            )
+        return path, bare
     config = Config.model_validate_json(json.dumps(read_training(checkpoint).config))
     if config.recipe.stage != stage:
         raise ValueError(
@@ -36,9 +44,16 @@ def open_checkpoint(path: Path, stage: str) -> tuple[Path, Config]:
     return checkpoint, config
 
 
-def checkpoint_digest(checkpoint: Path) -> str:
-    """XXH3-128 of its manifest, which seals every file of it and names the base."""
-    return xxhash.xxh3_128_hexdigest((checkpoint / MANIFEST).read_bytes())
+def folder_digest(folder: Path, manifest: str = MANIFEST) -> str:
+    """What tells a folder of weights from another: XXH3-128 of its manifest, which seals it.
+
+    A published one has none: names and sizes of its files stand in for it.
+    """
+    if (folder / manifest).is_file():
+        return xxhash.xxh3_128_hexdigest((folder / manifest).read_bytes())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    seen = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+    return xxhash.xxh3_128_hexdigest(repr(seen).encode())
 
 
 def load_stage(checkpoint: Path, config: Config, parallel: ParallelConfig, world: World) -> Stage:

@@ -8,15 +8,15 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from megavideo.checkpoint.commit import run_of
+from megavideo.config.load import load_config
 from megavideo.config.schema import Config
-from megavideo.generate.enlarge import folder_digest
-from megavideo.generate.load import checkpoint_digest, open_checkpoint
+from megavideo.generate.load import folder_digest, open_checkpoint
 from megavideo.generate.pipeline import Drawing
 from megavideo.generate.requests import Request, read_prompts, requests_of
 from megavideo.generate.work import Work, first_frame_work, interpolation_work, keyframe_work
 from megavideo.sampling.clusters import load_labels
 from megavideo.sampling.strategy import Strategy
+from megavideo.superres.checkpoint import MANIFEST as SUPERRES_MANIFEST
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Settings:
     checkpoint: Path | None
     stage2: Path | None
     superres: Path | None
+    model: Path | None
+    window: int
     image_tokenizer: Path
     text_tokenizer: Path | None
     output: Path
@@ -97,13 +99,30 @@ class Settings:
         return self._open(self.stage2, "interpolation") if self.stage2 and self.doublings else None
 
     def _open(self, path: Path, stage: str) -> tuple[Path, Config]:
-        checkpoint, config = open_checkpoint(path, stage)
+        checkpoint, config = open_checkpoint(path, stage, self._bare_config(stage))
         recipe, data = config.recipe, config.data
         if self.precision:
             recipe = recipe.model_copy(update={"precision": self.precision})
         if self.text_tokenizer:
             data = data.model_copy(update={"text_tokenizer": str(self.text_tokenizer)})
         return checkpoint, config.model_copy(update={"recipe": recipe, "data": data})
+
+    def _bare_config(self, stage: str) -> Config | None:
+        """Of weights that are no run of ours: sizes from --model, the rest as published."""
+        if self.model is None:
+            return None
+        if self.text_tokenizer is None:
+            raise ValueError("--model needs --text-tokenizer: bare weights do not name theirs")
+        window = self.window if stage == "interpolation" else 0
+        settings = {
+            "recipe.stage": stage,
+            "recipe.window": window,
+            "recipe.steps": 1,
+            "data.train": "nowhere",
+            "data.text_tokenizer": self.text_tokenizer,
+            "run.directory": "nowhere",
+        }
+        return load_config([self.model], [f"{key}={value}" for key, value in settings.items()])
 
     @property
     def any_config(self) -> Config:
@@ -172,7 +191,7 @@ class Settings:
         for name in files:
             path = getattr(self, name)
             described[name] = None if path is None else xxhash.xxh3_128_hexdigest(path.read_bytes())
-        described["superres"] = None if self.superres is None else folder_digest(self.superres)
+        described["superres"] = self.superres and folder_digest(self.superres, SUPERRES_MANIFEST)
         for name, stage in (("stage1", self.keyframe_stage), ("stage2", self.interpolation_stage)):
             described[name] = None if stage is None else _described(*stage)
         return described
@@ -180,8 +199,7 @@ class Settings:
 
 def _described(checkpoint: Path, config: Config) -> dict[str, str]:
     return {
-        "run": run_of(checkpoint).name,
         "checkpoint": checkpoint.name,
-        "manifest": checkpoint_digest(checkpoint),
+        "digest": folder_digest(checkpoint),
         "precision": config.recipe.precision,
     }

@@ -7,10 +7,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
+from ruamel.yaml import YAML
 
+from megavideo.checkpoint.convert_command import main as convert
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.video import read_clip, write_video
+from megavideo.generate.load import open_checkpoint
 from megavideo.generate.requests import Request
 from tests.unit.generate.runs import PROMPTS, both_stages, generate, make_runs, make_superres
 
@@ -111,6 +115,25 @@ def test_frames_are_enlarged(runs: Path, tmp_path: Path) -> None:
     make_superres(runs, "stranger", image_digest="another")
     with pytest.raises(ValueError, match="was trained with another image tokenizer"):
         generate(runs, tmp_path / "x", *options, "--superres", str(runs / "stranger"))
+
+
+def test_bare_weights_need_sizes_and_give_the_same_video(runs: Path, tmp_path: Path) -> None:
+    options = [*prompt_options(PROMPTS[:1]), "--rounds", "1"]
+    generate(runs, tmp_path / "run", *both_stages(runs), *options)
+    sat = [tmp_path / stage for stage in ("stage1", "stage2")]
+    for folder in sat:
+        arguments = [str(runs / folder.name), str(folder), "--to", "sat"]
+        assert CliRunner().invoke(convert, arguments, catch_exceptions=False).exit_code == 0
+    bare = [*options, "--checkpoint", str(sat[0]), "--stage2", str(sat[1])]
+    with pytest.raises(FileNotFoundError, match="--model FILE"):
+        generate(runs, tmp_path / "bare", *bare)
+    _, config = open_checkpoint(runs / "stage1", "keyframes", None)
+    YAML(typ="safe", pure=True).dump({"model": config.model.model_dump()}, tmp_path / "model.yaml")
+    bare += ["--model", str(tmp_path / "model.yaml"), "--precision", "fp32", "--window", "2"]
+    with pytest.raises(ValueError, match="--text-tokenizer"):
+        generate(runs, tmp_path / "bare", *bare)
+    generate(runs, tmp_path / "bare", *bare, "--text-tokenizer", str(runs / "text.model"))
+    assert np.array_equal(tokens(tmp_path / "bare"), tokens(tmp_path / "run"))
 
 
 def test_a_given_first_frame_is_every_videos_first(runs: Path, tmp_path: Path) -> None:
