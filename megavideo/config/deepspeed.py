@@ -92,6 +92,12 @@ def check_precision(recipe: RecipeConfig, parallel: ParallelConfig, fp16_works: 
             "itself, which loses small ones; use parallel.zero=1 (it costs nothing, also on one "
             "process) or recipe.precision=fp32"
         )
+    if recipe.precision != "fp32" and parallel.offload_optimizer and parallel.zero < 3:
+        raise ValueError(
+            f"parallel.offload_optimizer=true with parallel.zero={parallel.zero} would add up "
+            f"{recipe.precision} gradients in {recipe.precision} itself, and keep those that are "
+            "not finite; use parallel.zero=3, or remove it"
+        )
 
 
 def deepspeed_config(
@@ -109,6 +115,7 @@ def deepspeed_config(
         "gradient_clipping": recipe.optimizer.clip if parallel.zero else 0.0,
         "zero_optimization": _zero(parallel),
         "zero_allow_untested_optimizer": True,  # SGD, for parity checks
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: DeepSpeed would compile its own
         "steps_per_print": None,
         **({"pipeline": _PIPELINE} if parallel.pp > 1 else {}),
         **_precision(recipe),
@@ -121,10 +128,12 @@ _PIPELINE = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentran
 
 
 def _zero(parallel: ParallelConfig) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
     return {
         "stage": parallel.zero,
         "reduce_bucket_size": parallel.reduce_bucket,
         "allgather_bucket_size": parallel.reduce_bucket,
+        **(offload if parallel.offload_optimizer else {}),
     }
 
 

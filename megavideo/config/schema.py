@@ -215,6 +215,10 @@ class ParallelConfig(Section):
     zero: Annotated[int, Field(ge=0, le=3)] = Field(
         1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients, 3 parameters too"
     )
+    offload_optimizer: bool = Field(
+        False,
+        description="keep optimizer state and float32 weights in host memory and update them there",
+    )
     recompute: Literal["none", "layer"] = Field(
         "layer", description="activation checkpointing: keep all activations, or only layer inputs"
     )
@@ -233,6 +237,20 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"parallel.zero={self.zero} cuts gradients that a pipeline (parallel.pp={self.pp}) "
                 "adds up over micro-batches; use parallel.zero=1, or parallel.pp=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_fits(self) -> "ParallelConfig":
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError(
+                "parallel.offload_optimizer=true moves ZeRO's optimizer state, and parallel.zero=0 "
+                "has none; use parallel.zero=3, or remove it"
+            )
+        if self.offload_optimizer and self.pp > 1:
+            raise ValueError(
+                f"parallel.offload_optimizer=true does not work with a pipeline (parallel.pp="
+                f"{self.pp}), which adds gradients up elsewhere; use parallel.pp=1, or remove it"
             )
         return self
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from megavideo.checkpoint.commit import candidates_of, first_whole, verify_checkpoint
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import Progress, Training, read_training
@@ -52,7 +54,8 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
         world.first_on_rank_zero(lambda: start_weights(model, config))
     mark_cut(parameters)
     groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
-    optimizer = build_optimizer(groups, config.recipe.optimizer, world.device)
+    stepped_on = torch.device("cpu") if config.parallel.offload_optimizer else world.device
+    optimizer = build_optimizer(groups, config.recipe.optimizer, stepped_on)
     home = home_class.settle(model, optimizer, config, world)
     check_trainable(parameters, config.recipe.stage)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}

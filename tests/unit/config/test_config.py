@@ -97,6 +97,7 @@ def test_slots_that_cannot_be_cut_evenly_are_refused(assignments: list[str], mes
         (["parallel.partition=[6]"], r"partition=\[6\] names 1 runs .* give 2 numbers"),
         (["parallel.partition=[2, 3]"], r"partition=\[2, 3\] adds up to 5, .* add up to 6"),
         (["parallel.partition=[5, 1]"], r"partition=\[5, 1\] leaves embedding or head alone"),
+        (["parallel.offload_optimizer=true"], r"does not work with a pipeline \(parallel.pp=2\)"),
         (["recipe.stage=image"], r"parallel.pp=2 would put .* use parallel.pp=1"),
     ],
 )

@@ -49,6 +49,15 @@ def test_combinations_that_cannot_train_are_refused_with_the_remedy() -> None:
     check_precision(recipe(precision="fp32"), ParallelConfig(zero=0), fp16_works=False)
 
 
+def test_offloading_is_refused_where_deepspeed_would_add_up_in_low_precision() -> None:
+    for zero in (1, 2):
+        offloaded = ParallelConfig(zero=zero, offload_optimizer=True)
+        check_precision(recipe(precision="fp32"), offloaded, True)
+        with pytest.raises(ValueError, match=r"offload_optimizer=true with .* use parallel.zero=3"):
+            check_precision(recipe(precision="bf16"), offloaded, True)
+    check_precision(recipe(precision="bf16"), ParallelConfig(zero=3, offload_optimizer=True), True)
+
+
 def test_fp16_scales_the_loss_as_published() -> None:
     fp16 = deepspeed_config(recipe(precision="fp16"), ParallelConfig(), 1)["fp16"]
     assert fp16["loss_scale_window"] == 400
