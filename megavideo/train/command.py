@@ -126,7 +126,8 @@ def describe(config: Config, world_size: int) -> str:
             f"parameters   {trainable:,} trainable, {frozen:,} frozen",
             f"layout       {world_size} process(es) = pp {parallel.pp} x dp {replicas} x tp "
             f"{parallel.tp}, ZeRO {parallel.zero}, {recipe.precision}, "
-            f"recompute {parallel.recompute}",
+            f"recompute {parallel.recompute}"
+            + (", optimizer in host memory" if parallel.offload_optimizer else ""),
             *_pipeline(config, accumulation),
             f"batch        {recipe.batch} samples = {replicas} replica(s) x {accumulation} "
             f"micro-batches x {recipe.micro_batch}",

@@ -22,7 +22,7 @@ STEPS = 5
 DEEP = MODEL.model_copy(update={"layers": 4, "vocab_size": 41})
 # Of four processes; what is left of them are replicas.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "pp2-tp2": {"pp": 2, "tp": 2, "zero": 1},
+    "pp2-tp2-vp2": {"pp": 2, "tp": 2, "virtual_stages": 2, "zero": 1},
     "tp2-sp-dp2-zero2": {"tp": 2, "sequence_parallel": True, "zero": 2},
     "dp4-zero3": {"zero": 3},
     "image-tp2-dp2-zero1": {"tp": 2, "zero": 1},

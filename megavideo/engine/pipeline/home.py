@@ -23,7 +23,10 @@ Example = tuple[tuple[Tensor, Tensor, Tensor], Tensor]
 
 
 class PipelineHome(Home):
-    """Each rank holds some of the layers; the first and the last rank of a replica draw batches."""
+    """Each rank holds some of the layers; the first and the last rank of a replica draw batches.
+
+    An evaluated batch passes the stages alone: the next one waits.
+    """
 
     module: PipelineLayers
 
@@ -85,12 +88,9 @@ class PipelineHome(Home):
     def _examples(self, batches: Iterator[Batch]) -> Iterator[Example]:
         while True:
             started = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            inputs = self.objective.inputs(batch)
+            batch = next(batches)
             self._waited += time.perf_counter() - started
+            inputs = self.objective.inputs(batch)
             yield inputs, inputs[2]
 
     def _from_last_stage(self, losses: Tensor) -> Tensor:

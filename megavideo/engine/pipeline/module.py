@@ -11,8 +11,9 @@ from megavideo.engine.quiet import deepspeed, hushed
 from megavideo.engine.weights import new_layers
 from megavideo.engine.world import World
 from megavideo.layout.grid import Grid
+from megavideo.log import log
 from megavideo.model.build import stage_grid
-from megavideo.model.partition import partition, runs_of_rank
+from megavideo.model.partition import describe_stages, partition, runs_of_rank
 from megavideo.parallel.mesh import Mesh
 
 
@@ -66,6 +67,9 @@ class PipelineLayers(deepspeed.PipelineModule):
 def new_pipeline_model(config: Config, world: World) -> PipelineLayers:
     """This rank's layers on its device, values not set yet."""
     runs = partition(config.model, config.recipe, config.parallel)
+    if world.rank == 0:
+        stages = describe_stages(config.model, config.recipe, config.parallel)
+        log.info("pipeline: %s", " | ".join(stages))
     held = [n for run in runs_of_rank(runs, world.mesh.pp.rank, world.mesh.pp.size) for n in run]
     layers = new_layers(config, world.device, held, world.mesh)
     with hushed():
