@@ -1,7 +1,5 @@
-"""The doctor at work: alone from the command line, and among processes."""
+"""The doctor at work, alone and among processes; docs/cluster.md's test runs the command."""
 
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from click.testing import CliRunner
 
-from megavideo.doctor import command, network
+from megavideo.config.load import load_config
+from megavideo.doctor import command, judge, network
 from megavideo.doctor.facts import collect
+from megavideo.doctor.verdict import Level, Verdict
+from megavideo.engine.world import join_world
 from tests.engine.dataset import make_dataset
 from tests.world import run_world
-
-
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "megavideo", "doctor", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +24,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def test_one_process_gets_a_verdict_a_line_and_status_0(config: Path) -> None:
-    result = doctor(str(config))
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = result.stdout.splitlines()
-    assert {line.split()[0] for line in lines} <= {"ok", "warn"}
-    for check in ("versions", "clocks", "shared folder", "storage", "disk space", "configuration"):
-        assert any(line[6:].startswith(check) for line in lines), check
-    assert not (config.parent / "run").exists(), "the doctor makes no folders"
+@pytest.mark.parametrize("level", ["ok", "warn", "fail"])
+def test_only_a_failure_gives_status_1(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [Verdict("ok", "clocks", "one node"), Verdict(level, "storage", "so and so")]
+    monkeypatch.setattr(command, "_together", lambda *arguments: verdicts)
+    result = CliRunner().invoke(command.main, [])
+    assert result.exit_code == (level == "fail")
+    assert result.stdout.splitlines()[-1] == f"{level:5} storage        so and so"
 
 
-def test_what_would_stop_training_gives_status_1_and_the_remedy(config: Path) -> None:
-    result = doctor(
-        str(config), "--set", "data.train=nowhere", "--set", "recipe.micro_batch=3",
-        "--set", "parallel.world_size=8",
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "fail  files          nowhere missing" in result.stdout
-    assert "fail  configuration  parallel.world_size=8, but 1 process was started" in result.stdout
+def test_a_missing_file_and_an_impossible_layout_would_stop_training(config: Path) -> None:
+    wrong = load_config([config], ["data.train=nowhere", "parallel.world_size=8"])
+    missing = judge.paths([collect(command._paths(wrong))])
+    assert missing == Verdict(
+        "fail", "files", f"nowhere missing on {collect().node}: make it, or correct the path"
+    )
+    layout = command._layout(wrong, 2)
+    assert layout.level == "fail"
+    assert "parallel.world_size=8, but 2 processes were started" in layout.text
 
 
 def test_a_node_that_reaches_nobody_says_so_with_what_it_knows(
@@ -61,7 +58,12 @@ def test_a_node_that_reaches_nobody_says_so_with_what_it_knows(
     assert others[0].check == "versions"
 
 
-def _two_nodes(rank: int, folder: Path) -> None:
+def _two_nodes(rank: int, folder: Path, config: Path) -> None:
+    verdicts = command._examine(join_world(1.0), collect(), load_config([config]), None)
+    assert {verdict.level for verdict in verdicts} <= {"ok", "warn"}, verdicts
+    checks = {"versions", "clocks", "shared folder", "storage", "disk space", "configuration"}
+    assert checks <= {verdict.check for verdict in verdicts}
+    assert not (config.parent / "run").exists(), "the doctor makes no folders"
     clock = time.time if rank == 0 else lambda: time.time() + 5.0
     offsets = network.clock_offsets([0, 1], torch.device("cpu"), clock)
     assert offsets == ({1: pytest.approx(5.0, abs=0.2)} if rank == 0 else {})
@@ -78,6 +80,6 @@ def _two_nodes(rank: int, folder: Path) -> None:
     (folder / f"{rank}").write_text("done")
 
 
-def test_clocks_and_links_are_measured_between_processes(tmp_path: Path) -> None:
-    run_world(_two_nodes, 2, tmp_path)
+def test_two_processes_are_examined_and_measured(config: Path, tmp_path: Path) -> None:
+    run_world(_two_nodes, 2, tmp_path, config)
     assert len(list(tmp_path.iterdir())) == 2
