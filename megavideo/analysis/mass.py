@@ -33,8 +33,9 @@ class MassRecorder:
         """Mean probability that a query gives to each kind of key, float64 [H, kinds]."""
         return self._sum / max(self._queries, 1)
 
-    def attend(self, image_qkv: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
+    def attend(self, image_qkv: Tensor, text_kv: Tensor | None, text_length: Tensor) -> Tensor:
         """What `local_attention` gives; counts on the way. [B, V, 3, H, D], ... -> [B, V, h]."""
+        assert text_kv is not None
         for probabilities, kinds in self._probabilities(image_qkv, text_kv, text_length):
             for kind in range(len(KINDS)):
                 mass = (probabilities * (kinds == kind)).sum((0, 2, 3))

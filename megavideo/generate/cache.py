@@ -56,16 +56,17 @@ class ChannelCache:
         self.weight = weight
         self.bias: Tensor | None = None
 
-    def attend(self, image_qkv: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
+    def attend(self, image_qkv: Tensor, text_kv: Tensor | None, text_length: Tensor) -> Tensor:
         """What the cursor's slots gather, [B, n, H*D].
 
         Args:
             image_qkv: [B, n, 3, H, D] of these slots.
-            text_kv: [B, T, 2, H, D] in the first pass, [B, 0, 2, H, D] after it.
+            text_kv: [B, T, 2, H, D] in the first pass, None after it.
             text_length: int64 [B], real tokens of the T left-padded text slots.
         """
         q, k, v = image_qkv.permute(2, 0, 3, 1, 4)
         if self.cursor.first:
+            assert text_kv is not None
             text_k, text_v = text_kv.permute(2, 0, 3, 1, 4)
             return self._first_pass(q, k, v, text_k, text_v, text_length)
         return self._step(q, k, v)
@@ -96,6 +97,8 @@ class ChannelCache:
         """Allocate, and fill in the text once for every run, and the given frames."""
         rows, heads, text, size = text_k.shape
         self.places = places(self.rule, text)
+        kept = self.places
+        self.runs = np.stack([kept.place, kept.begin, kept.end], 1).tolist()
         self.keys, self.values = (
             text_k.new_empty(rows, heads, self.places.size, size) for _ in range(2)
         )
@@ -109,9 +112,7 @@ class ChannelCache:
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (slot,) = self.cursor.slots.tolist()
-        place, begin, end = (
-            int(x[slot]) for x in (self.places.place, self.places.begin, self.places.end)
-        )
+        place, begin, end = self.runs[slot]
         self.keys[:, :, place : place + 1] = k
         self.values[:, :, place : place + 1] = v
         mask = None if self.bias is None else self.bias[..., : end - begin]

@@ -10,7 +10,7 @@ are mixed before they are summed over ranks, which mixing commutes with: one col
 channels of images, and text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -30,7 +30,7 @@ from megavideo.parallel.region import Region
 class Cache(Protocol):
     """Attention of some image slots over keys kept from earlier calls (generate/cache.py)."""
 
-    def attend(self, image_qkv: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
+    def attend(self, image_qkv: Tensor, text_kv: Tensor | None, text_length: Tensor) -> Tensor:
         """What they gather, [B, n, h], as `local_attention` would give."""
         ...
 
@@ -61,11 +61,12 @@ class Channel(nn.Module):
         first = len(self.qkv.bias) // 3
         return self._split_heads(F.linear(text, self.qkv.weight[first:], self.qkv.bias[first:]), 2)
 
-    def image_context(self, image: Tensor, text_kv: Tensor, text_length: Tensor) -> Tensor:
+    def image_context(self, image: Tensor, text_kv: Tensor | None, text_length: Tensor) -> Tensor:
         """What image slots gather, [B, V, H*D], before the output projection."""
         packed = self.packed(image)
         if self.cache is not None:
             return self.cache.attend(packed, text_kv, text_length)
+        assert text_kv is not None, "only a cache holds text"
         dropout = self.dropout if self.training else 0.0
         seed = distinct_seed(self.axis) if dropout else None
         return local_attention(packed, text_kv, text_length, self.rule, dropout, seed)
@@ -110,19 +111,24 @@ class DualAttention(nn.Module):
         if self.is_dual:
             yield self.temporal
 
-    def forward(self, text: Tensor, image: Tensor, text_length: Tensor) -> tuple[Tensor, ...]:
-        """Attention of text, [B, T, h], and of image slots, [B, V, h]."""
-        (text, image), (bias, *of_temporal) = self.region.enter([text, image], self._replicated())
-        packed = self.spatial.packed(text)
-        new_text = self.spatial.dense(self.spatial.text_context(packed, text_length), bias)
-        context = self.spatial.image_context(image, packed[:, :, 1:], text_length)
+    def forward(self, streams: Sequence[Tensor], text_length: Tensor) -> tuple[Tensor, ...]:
+        """Attention of each stream: text [B, T, h], and image slots [B, V, h].
+
+        Text may be left out where every channel has a cache that holds it.
+        """
+        (*texts, image), (bias, *of_temporal) = self.region.enter(streams, self._replicated())
+        packed = [self.spatial.packed(text) for text in texts]
+        new = [self.spatial.dense(self.spatial.text_context(p, text_length), bias) for p in packed]
+        text_kv = packed[0][:, :, 1:] if packed else None
+        context = self.spatial.image_context(image, text_kv, text_length)
         new_image = self.spatial.dense(context, bias)
         if self.is_dual:
             temporal_bias, mixture = of_temporal
-            context = self.temporal.image_context(image, self.temporal.text_kv(text), text_length)
+            text_kv = self.temporal.text_kv(texts[0]) if texts else None
+            context = self.temporal.image_context(image, text_kv, text_length)
             temporal = self.temporal.dense(context, temporal_bias)
             new_image = torch.lerp(temporal, new_image, mixture.sigmoid())
-        return self.region.leave([new_text, new_image])
+        return self.region.leave([*new, new_image])
 
     def _replicated(self) -> list[Tensor]:
         """Parameters that every rank holds and that take part in partial sums."""

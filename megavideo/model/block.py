@@ -53,11 +53,9 @@ class Block(nn.Module):
         return self._layer(*streams)
 
     def _layer(self, text: Tensor, image: Tensor, text_length: Tensor) -> Streams:
-        normed = self.input_norm(text), self.input_norm(image)
-        attention = self.attention(*normed, text_length)
-        text, image = (
-            x + self.attention_norm(a) for x, a in zip((text, image), attention, strict=True)
-        )
-        mlp = self.mlp(self.mlp_norm(text), self.mlp_norm(image))
-        text, image = (x + self.mlp_output_norm(m) for x, m in zip((text, image), mlp, strict=True))
-        return text, image, text_length
+        streams = [text, image] if text.shape[1] else [image]  # a step of generation has no text
+        attention = self.attention([self.input_norm(x) for x in streams], text_length)
+        streams = [x + self.attention_norm(a) for x, a in zip(streams, attention, strict=True)]
+        mlp = self.mlp(*(self.mlp_norm(x) for x in streams))
+        streams = [x + self.mlp_output_norm(m) for x, m in zip(streams, mlp, strict=True)]
+        return streams[0] if text.shape[1] else text, streams[-1], text_length
