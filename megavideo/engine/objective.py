@@ -9,9 +9,7 @@ from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.layout.rules import loss_frames
 from megavideo.model.build import stage_grid
 from megavideo.model.head import frame_losses
-from megavideo.parallel.mesh import Mesh
-
-SINGLE = Mesh.single()
+from megavideo.parallel.mesh import SINGLE, Mesh
 
 
 class Batch(Protocol):

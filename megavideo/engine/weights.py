@@ -18,11 +18,9 @@ from megavideo.model.init import inherit, initialise
 from megavideo.model.places import Place, places
 from megavideo.model.table import parameter_table
 from megavideo.model.trainable import mark_trainable
-from megavideo.parallel.mesh import Mesh
+from megavideo.parallel.mesh import SINGLE, Mesh
 from megavideo.parallel.part import part_of, with_part
 from megavideo.parallel.shard import Shape
-
-SINGLE = Mesh.single()
 
 
 def new_model(config: Config, device: torch.device, mesh: Mesh = SINGLE) -> nn.Sequential:

@@ -9,10 +9,8 @@ from megavideo.model.block import Block
 from megavideo.model.embed import Embedding
 from megavideo.model.head import CopiedRows, Head, TiedRows
 from megavideo.model.trainable import is_trainable
-from megavideo.parallel.mesh import Mesh
+from megavideo.parallel.mesh import SINGLE, Mesh
 from megavideo.parallel.region import Region, region_of
-
-SINGLE = Mesh.single()
 
 
 def stage_grid(model: ModelConfig, stage: str) -> Grid:

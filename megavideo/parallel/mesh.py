@@ -83,6 +83,9 @@ class Mesh:
         )
 
 
+SINGLE = Mesh.single()
+
+
 def _axis(lines: list[list[int]]) -> Axis:
     """Make a group of each line of ranks; the axis is the line through this process."""
     mine = Axis()

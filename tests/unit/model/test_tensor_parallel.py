@@ -22,7 +22,7 @@ from megavideo.model.head import frame_losses
 from megavideo.model.init import initialise
 from megavideo.model.places import places
 from megavideo.model.trainable import mark_trainable
-from megavideo.parallel.mesh import Mesh
+from megavideo.parallel.mesh import SINGLE, Axis, Mesh
 from megavideo.parallel.part import part_of
 from megavideo.verify.made_up import batch_at
 from tests.world import run_world
@@ -44,7 +44,6 @@ MODEL = ModelConfig(
     image_position=8,
     frame_position_rows=20,
 )
-SINGLE = Mesh.single()
 STAGES = {
     "image": {},
     "keyframes": {},
@@ -210,7 +209,5 @@ def test_one_process_calls_no_collective() -> None:
 
 
 def test_a_number_of_ranks_that_cuts_a_head_is_refused() -> None:
-    from megavideo.parallel.mesh import Axis
-
     with pytest.raises(ValueError, match="cannot be cut into 3 x 5 equal pieces"):
         build_model(MODEL, recipe_of("image"), mesh=Mesh(tp=Axis(0, 5, tuple(range(5)))))
