@@ -58,8 +58,10 @@ def _on_two(rank: int, folder: Path) -> None:
     world = _train_like_golden(folder, ON_TWO)
     _save_and_resume(world, folder / "saved", zero=1)
     for precision, zero in (("fp32", 0), ("bf16", 1), ("bf16", 2)):
+        layout = SLOTS | {"zero": zero}
         run = folder / f"skip-{precision}-{zero}"
-        assert_leaves_no_trace(precision, SLOTS | {"zero": zero}, world, run, math.inf)
+        settings = config(run, {"precision": precision}, parallel=layout)
+        assert_leaves_no_trace(settings, world, math.inf)
     _notice_a_changed_weight(world, folder / "changed")
 
 
