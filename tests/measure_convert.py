@@ -2,9 +2,10 @@
 
     python tests/measure_convert.py FOLDER --layers 4
 
-It makes a checkpoint of the published model's shapes with fewer layers, converts it through the
-formats one after another, each in a fresh process, and copies the same bytes with `cp` and `sync`
-beside it. What is read is in the page cache for both; what is written must reach the disk.
+It makes a checkpoint of the published model's shapes with fewer layers and converts it through the
+formats one after another, each time in a fresh process, in turn with copying the result by `cp`
+and `sync`. What is read is in the page cache for both; what is written must reach the disk for
+both. Seconds are medians; the interpreter's start is not in them.
 """
 
 import multiprocessing
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 
 import click
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from megavideo.checkpoint.convert import Conversion, convert
 from megavideo.checkpoint.convert_command import main as convert_command
+from megavideo.checkpoint.describe import differences
 from megavideo.checkpoint.formats.detect import open_checkpoint
 from megavideo.checkpoint.formats.interface import MOMENTS, Reader
 from megavideo.checkpoint.formats.sharded import ShardedWriter
@@ -32,13 +35,14 @@ from megavideo.checkpoint.tensor_stream import BLOCK, TensorSpec, steps
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.model.table import parameter_table
 
-# From, to, options: each starts where an earlier one has ended.
+# From, to, options: each starts where an earlier one has ended, at last where all began.
 ROUTES = (
-    ("source", "cut", ["--to", "megavideo", "--tp", "4"]),
-    ("cut", "whole", ["--to", "megavideo"]),
+    ("source", "megavideo", ["--to", "megavideo", "--tp", "4"]),
+    ("megavideo", "megatron", ["--to", "megatron", "--tp", "4", "--pp", "2"]),
+    ("megatron", "universal", ["--to", "universal"]),
+    ("universal", "whole", ["--to", "megavideo"]),
     ("source", "sat", ["--to", "sat", "--tp", "2", "--dtype", "fp16"]),
     ("sat", "huggingface", ["--to", "huggingface", "--max-file-size", "2GB"]),
-    ("huggingface", "back", ["--to", "megavideo", "--tp", "8"]),
 )
 
 
@@ -49,8 +53,9 @@ class Row:
     Attributes:
         read, written: bytes of source and destination.
         seconds: of the conversion, until everything is on the disk.
-        cp_seconds: of copying the destination's files with cp and sync, the faster of two times.
-        peak: the process's peak memory beyond what it had before it began, in bytes.
+        cp_seconds: of copying the destination's files with cp and sync.
+        cpu, cp_cpu: seconds of processor time of both, which other programs do not change much.
+        peak: the process's peak memory beyond what it had before it began, in bytes, the highest.
         largest: bytes of the largest tensor.
     """
 
@@ -59,19 +64,23 @@ class Row:
     written: int
     seconds: float
     cp_seconds: float
+    cpu: float
+    cp_cpu: float
     peak: int
     largest: int
 
     def __str__(self) -> str:
         return (
             f"{self.route:<30}{self.read / 1e9:>8.2f}{self.written / 1e9:>9.2f}"
-            f"{self.seconds:>9.2f}{self.cp_seconds:>8.2f}{self.seconds / self.cp_seconds:>8.2f}"
+            f"{self.seconds:>9.2f}{self.cp_seconds:>8.2f}{self.seconds / self.cp_seconds:>7.2f}"
+            f"{self.cpu:>8.2f}{self.cp_cpu:>8.2f}"
             f"{self.peak / 1e6:>9.0f}{self.peak / self.largest:>12.2f}"
         )
 
 
 HEADER = (
-    f"{'conversion':<30}{'read GB':>8}{'wrote GB':>9}{'s':>9}{'cp s':>8}{'x cp':>8}"
+    f"{'conversion':<30}{'read GB':>8}{'wrote GB':>9}{'s':>9}{'cp s':>8}{'x cp':>7}"
+    f"{'CPU s':>8}{'cp CPU':>8}"
     f"{'peak MB':>9}{'x largest':>12}"
 )
 
@@ -81,43 +90,66 @@ HEADER = (
 @click.option("--layers", default=4, show_default=True, help="Layers of the synthetic model.")
 @click.option("--hidden", default=3072, show_default=True, help="Its width.")
 @click.option("--words", default=150_010, show_default=True, help="Rows of its word table.")
-@click.option("--only", multiple=True, help="Measure only conversions to this name.")
-def main(folder: Path, layers: int, hidden: int, words: int, only: tuple[str, ...]) -> None:
+@click.option("--repeat", default=3, show_default=True, help="Times that each is measured.")
+def main(folder: Path, layers: int, hidden: int, words: int, repeat: int) -> None:
     """Print a row a conversion. FOLDER must not exist; it is removed at the end."""
     folder.mkdir(parents=True)
     try:
         make_source(folder / "source", layers, hidden, words)
         click.echo(HEADER)
         for source, target, options in ROUTES:
-            row = measure(folder, source, target, options)
-            if not only or target in only:
-                click.echo(str(row))
+            click.echo(str(measure(folder, source, target, options, repeat)))
+            if source != "source":
+                shutil.rmtree(folder / source)
+        problems = list(differences(*map(open_checkpoint, (folder / "source", folder / "whole"))))
+        assert not problems, problems
+        click.echo("what came back through all formats equals what went in, bit for bit")
     finally:
         shutil.rmtree(folder)
 
 
-def measure(folder: Path, source: str, target: str, options: list[str]) -> Row:
-    """Convert folder/source into folder/target and copy the result."""
+def measure(folder: Path, source: str, target: str, options: list[str], repeat: int) -> Row:
+    """Convert folder/source into folder/target and copy the result, in turn."""
     largest = max(spec.nbytes for spec in open_checkpoint(folder / source).tensors.values())
-    _read_once(folder / source)
-    os.sync()
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
     arguments = [str(folder / source), str(folder / target), *options]
-    process = context.Process(target=_convert, args=(arguments, sender))
-    process.start()
-    sender.close()
-    seconds, peak = receiver.recv()
-    process.join()
+    converted, copied = [], []
+    for _ in range(repeat):
+        shutil.rmtree(folder / target, ignore_errors=True)
+        _read_once(folder / source)
+        os.sync()
+        converted.append(_in_a_process(arguments))
+        copied.append(_copy(folder / target, folder / "copy"))
     return Row(
         f"{source} -> {target} {' '.join(options[2:])}",
         _size(folder / source),
         _size(folder / target),
-        seconds,
-        min(_copy(folder / target, folder / "copy") for _ in range(2)),
-        peak,
+        median(cost.seconds for cost in converted),
+        median(cost.seconds for cost in copied),
+        median(cost.cpu for cost in converted),
+        median(cost.cpu for cost in copied),
+        max(cost.peak for cost in converted),
         largest,
     )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by the clock, seconds of processor time, and peak memory in bytes."""
+
+    seconds: float
+    cpu: float
+    peak: int = 0
+
+
+def _in_a_process(arguments: list[str]) -> Cost:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_convert, args=(arguments, sender))
+    process.start()
+    sender.close()
+    result = receiver.recv()
+    process.join()
+    return result
 
 
 def make_source(folder: Path, layers: int, hidden: int, words: int) -> None:
@@ -161,7 +193,7 @@ class Noise(Reader):
                 for moment in MOMENTS:
                     self.tensors[row.name + moment] = TensorSpec(dtype, row.shape)
         largest = max(spec.row_bytes for spec in self.tensors.values())
-        self._bytes = torch.randint(0, 60, (max(BLOCK, largest),), dtype=torch.uint8)
+        self._bytes = torch.randint(0, 60, (max(2 * BLOCK, largest),), dtype=torch.uint8)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         spec = self.tensors[name]
@@ -171,22 +203,24 @@ class Noise(Reader):
 
 
 def _convert(arguments: list[str], sender: Connection) -> None:
-    """In a fresh process: seconds, and peak memory beyond what the imports took."""
+    """In a fresh process: what it costs beyond the imports."""
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     CliRunner().invoke(convert_command, arguments, catch_exceptions=False)
-    sender.send((time.perf_counter() - start, _memory("VmHWM") - before))
+    seconds, used = time.perf_counter() - start, time.process_time() - cpu
+    sender.send(Cost(seconds, used, _memory("VmHWM") - before))
 
 
-def _copy(source: Path, target: Path) -> float:
+def _copy(source: Path, target: Path) -> Cost:
     os.sync()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     subprocess.run(["cp", "-r", source, target], check=True)
     subprocess.run(["sync"], check=True)
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, os.times()
     shutil.rmtree(target)
-    return seconds
+    cpu = after.children_user + after.children_system
+    return Cost(seconds, cpu - before.children_user - before.children_system)
 
 
 def _memory(field: str) -> int:

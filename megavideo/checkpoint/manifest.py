@@ -157,5 +157,15 @@ def _digest(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def training_text(training: Training | None) -> str | None:
+    """Where a run stands as a text, for files of other formats: equal for equal runs."""
+    return None if training is None else json.dumps(asdict(training))
+
+
+def training_from_text(text: str | None) -> Training | None:
+    """What `training_text` was made of."""
+    return None if text is None else _training(json.loads(text))
+
+
 def _training(body: dict[str, Any]) -> Training:
     return Training(**{**body, "progress": Progress(**body["progress"])})

@@ -5,9 +5,11 @@ from pathlib import Path
 from megavideo.checkpoint.commit import checkpoints_of, newest_whole, verify_checkpoint
 from megavideo.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
 from megavideo.checkpoint.formats.interface import Reader, Selection, Source, is_moment
+from megavideo.checkpoint.formats.megatron import MegatronReader, is_megatron
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.formats.sat import SatReader
 from megavideo.checkpoint.formats.sharded import WEIGHTS_MANIFEST, ShardedReader
+from megavideo.checkpoint.formats.universal import UniversalReader, is_universal
 from megavideo.checkpoint.manifest import MANIFEST
 from megavideo.log import log
 from megavideo.model.trainable import is_trainable
@@ -29,7 +31,7 @@ def open_base_weights(path: Path) -> Source:
     """Text-to-image weights by canonical name, from `recipe.base`.
 
     A run of stage image gives what it trained, a run of a later stage the base that it was given.
-    Of bare weights (ours, Hugging Face's layout, SAT) a temporal channel is left aside.
+    Of other formats, as of bare weights of ours, a temporal channel is left aside.
 
     Raises:
         FileNotFoundError, ValueError: if `path` is none of them, or damaged.
@@ -67,4 +69,6 @@ def _bare_weights(path: Path) -> Reader:
     for mark, reader_of in ((WEIGHTS_MANIFEST, ShardedReader), (INDEX, HuggingFaceReader)):
         if (path / mark).is_file():
             return reader_of(path)
-    return SatReader(path)
+    if is_universal(path):
+        return UniversalReader(path)
+    return MegatronReader(path) if is_megatron(path) else SatReader(path)

@@ -259,10 +259,14 @@ def _stored(path: Path, name: str, entry: dict[str, object], start: int) -> Stor
     return Stored(path, start + offsets[0], TensorSpec(DTYPES[str(kind)], tuple(shape)))
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two blocks of equal shape hold the same bits; NaN equals itself here."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 def _check_replicas(parts: Sequence[Stored], blocks: Sequence[Tensor]) -> None:
-    first = raw_bytes(blocks[0])
     for part, block in zip(parts, blocks, strict=True):
-        if raw_bytes(block) != first:
+        if not same_bits(block, blocks[0]):
             raise ValueError(
                 f"ranks hold different values of a replicated tensor: {parts[0].path}, {part.path}"
             )

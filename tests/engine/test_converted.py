@@ -1,7 +1,9 @@
 """A run that was cut for other ranks and put together again goes on as if nothing had happened."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from megavideo.checkpoint.convert_command import main
@@ -44,3 +46,24 @@ def test_converted_weights_start_a_run_like_the_run_they_came_from(
         started = config(tmp_path / f"on-{base}", {"base": str(tmp_path / base)})
         digests.add(build_engine(started, world, FINGERPRINT).frozen.digest)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(("precision", "zero"), [("bf16", 1), ("fp32", 3)])
+def test_deepspeed_itself_restores_a_universal_checkpoint_of_ours(
+    precision: str, zero: int, world: World, tmp_path: Path
+) -> None:
+    """Weights, moments and counts, by the loader of DeepSpeed's engine in another fresh run."""
+    recipe, layout = {"precision": precision}, {"zero": zero}
+    settings = config(tmp_path / "run", recipe, parallel=layout)
+    engine = build_engine(settings, world, FINGERPRINT)
+    for _ in range(2):
+        engine.train_batch(micro_batches(engine.progress.consumed_samples))
+    save_checkpoint(engine, settings, FINGERPRINT)
+    convert(tmp_path / "run", tmp_path / "universal", "--to", "universal", "--verify")
+    fresh = build_engine(config(tmp_path / "fresh", recipe, parallel=layout), world, FINGERPRINT)
+    fresh.train_batch(micro_batches(0))
+    home: Any = fresh._home
+    home._engine._config.load_universal_checkpoint = True
+    home._engine.load_checkpoint(str(tmp_path / "universal"))
+    assert home._engine.global_steps == 2
+    assert_same_state(fresh, engine)

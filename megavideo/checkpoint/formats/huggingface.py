@@ -12,7 +12,6 @@ from megavideo.checkpoint.formats.interface import (
     OpenGroup,
     Reader,
     Writer,
-    assembled,
     by_layer,
 )
 from megavideo.checkpoint.tensor_stream import (
@@ -48,9 +47,6 @@ class HuggingFaceReader(Reader):
         if odd:
             raise ValueError(f"{path}: {INDEX} and the files disagree about {', '.join(odd)}")
         self.files = [Path(INDEX), *map(Path, names)]
-
-    def read(self, name: str) -> Tensor:
-        return assembled(self.tensors[name], self.blocks(name))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         return joined([self._stored[name]], REPLICATED, self.tensors[name])

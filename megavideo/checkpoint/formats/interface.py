@@ -24,6 +24,8 @@ MOMENTS = (".exp_avg", ".exp_avg_sq")
 class Source(ABC):
     """Named tensors that are read one at a time, whole or in part.
 
+    A subclass gives `blocks`, or `read` and `read_part`; each has the others by default.
+
     Attributes:
         path: where they lie.
         tensors: names, and types and shapes of whole tensors.
@@ -45,12 +47,12 @@ class Source(ABC):
             yield self.read_part(name, 0, 1, start, start + count)
             start += count
 
-    @abstractmethod
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU. Safe to call from several threads.
 
         Raises: ValueError if it is damaged.
         """
+        return assembled(self.tensors[name], self.blocks(name))
 
     def read_part(
         self, name: str, rank: int, size: int, start: int = 0, stop: int | None = None

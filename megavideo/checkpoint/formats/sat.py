@@ -4,7 +4,6 @@ One file a model-parallel rank. Nothing is unpickled but tensors and the few typ
 states hold.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from numpy._core.multiarray import _reconstruct
 from numpy.dtypes import UInt32DType
 from torch import Tensor
 
-from megavideo.checkpoint.formats.interface import Reader, assembled
+from megavideo.checkpoint.formats.interface import Reader
+from megavideo.checkpoint.formats.names import to_ours, to_theirs
 from megavideo.checkpoint.formats.pt_stream import (
     PtFile,
     check_same_names,
@@ -60,12 +60,10 @@ def canonical_name(sat_name: str) -> str:
     """
     for old, new in OLD_PREFIXES.items():
         sat_name = sat_name.replace(old, new, 1) if sat_name.startswith(old) else sat_name
-    for theirs, ours in NAMES.items():
-        pattern = re.escape(theirs).replace(re.escape("{i}"), r"(?P<i>\d+)")
-        match = re.fullmatch(rf"{pattern}(?P<part>\.weight|\.bias)?", sat_name)
-        if match:
-            return ours.replace("{i}", match.groupdict().get("i") or "") + (match["part"] or "")
-    raise ValueError(f"{sat_name} is no tensor of CogView2 or CogVideo in SAT's format")
+    ours = to_ours(NAMES, sat_name)
+    if ours is None:
+        raise ValueError(f"{sat_name} is no tensor of CogView2 or CogVideo in SAT's format")
+    return ours
 
 
 def sat_name(canonical: str) -> str:
@@ -73,12 +71,10 @@ def sat_name(canonical: str) -> str:
 
     Raises: ValueError if SAT has no such tensor.
     """
-    for theirs, ours in NAMES.items():
-        pattern = re.escape(ours).replace(re.escape("{i}"), r"(?P<i>\d+)")
-        match = re.fullmatch(rf"{pattern}(?P<part>\.weight|\.bias)?", canonical)
-        if match:
-            return theirs.replace("{i}", match.groupdict().get("i") or "") + (match["part"] or "")
-    raise ValueError(f"SAT's format has no tensor for {canonical}")
+    theirs = to_theirs(NAMES, canonical)
+    if theirs is None:
+        raise ValueError(f"SAT's format has no tensor for {canonical}")
+    return theirs
 
 
 class SatReader(Reader):
@@ -101,9 +97,6 @@ class SatReader(Reader):
         self.files = [file.relative_to(path) for file in files]
         if (path / "latest").is_file():
             self.files.append(Path("latest"))
-
-    def read(self, name: str) -> Tensor:
-        return assembled(self.tensors[name], self.blocks(name))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         blocks = joined(self._parts[name], shard_named(name), self.tensors[name])

@@ -45,10 +45,13 @@ def model(words: int = 40, hidden: int = HIDDEN, layers: int = 2) -> ModelConfig
     )
 
 
-def weights(stage: str = "keyframes", words: int = 40, seed: int = 0) -> dict[str, Tensor]:
+def weights(
+    stage: str = "keyframes", words: int = 40, seed: int = 0, layers: int = 2
+) -> dict[str, Tensor]:
     """Half-precision noise for every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    table = parameter_table(model(words), RecipeConfig(stage=stage, steps=1))
+    sizes = model(words, layers=layers)
+    table = parameter_table(sizes, RecipeConfig(stage=stage, steps=1))
     return {row.name: torch.randn(row.shape, generator=generator).half() for row in table}
 
 
@@ -94,17 +97,25 @@ def write_split_sat(folder: Path, tensors: dict[str, Tensor], ranks: int) -> Pat
 
 
 def write_run(
-    folder: Path, step: int = 20, stage: str = "keyframes", tp: int = 1
+    folder: Path,
+    step: int = 20,
+    stage: str = "keyframes",
+    tp: int = 1,
+    words: int = 40,
+    layers: int = 2,
 ) -> dict[str, Tensor]:
     """A run with one checkpoint more and its frozen base; gives all tensors of it."""
-    tensors = weights(stage)
+    tensors = weights(stage, words, layers=layers)
     frozen = {n: t for n, t in tensors.items() if not is_trainable(n, stage)}
     trained = {n: t.float() + step for n, t in tensors.items() if n not in frozen}
     moments = {f"{n}{m}": t + len(m) for n, t in trained.items() for m in MOMENTS}
     digest = combined_digest(entries_of(frozen)) if frozen else None
     if digest:
         write_parts(base_path(folder, digest), frozen, tp)
-    config = {"recipe": {"stage": stage}, "model": model().model_dump(mode="json")}
+    config = {
+        "recipe": {"stage": stage},
+        "model": model(words, layers=layers).model_dump(mode="json"),
+    }
     training = Training(Progress(step, step, 8 * step), config, "data", digest, {"cur_scale": 2.0})
     write_checkpoint(folder, trained | moments, training, tp)
     return {**frozen, **trained, **moments}

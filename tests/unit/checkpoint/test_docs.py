@@ -13,7 +13,7 @@ from tests.unit.checkpoint.samples import weights, write_run, write_split_sat
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-@pytest.mark.parametrize(("page", "count"), [("convert.md", 10), ("checkpoints.md", 5)])
+@pytest.mark.parametrize(("page", "count"), [("convert.md", 15), ("checkpoints.md", 5)])
 def test_the_commands_of_the_page_run(
     page: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
