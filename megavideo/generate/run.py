@@ -33,6 +33,11 @@ def generate(settings: Settings, world: World) -> str:
     Data-parallel ranks share the requests; the tensor-parallel ranks of each make the same tokens,
     and the first of them writes the files.
     """
+    for stage, rates in settings.untrained_rates().items():
+        log.warning(
+            "%s was not trained at %s frames a second (recipe.frame_rates)",
+            stage, ", ".join(f"{rate:g}" for rate in rates),
+        )  # fmt: skip
     described = settings.described()
     todo = world.from_rank_zero(
         lambda: [r for r in settings.requests if not is_whole(settings.output / r.name, described)]

@@ -178,6 +178,21 @@ class Settings:
             given_frames = self.keyframe_stage[1].model.frames
         return (given_frames - 1) * 2**self.doublings + 1
 
+    def untrained_rates(self) -> dict[str, list[float]]:
+        """Frame rates that a stage will be asked for, but was not trained at."""
+        rates = {
+            "stage 1": (self.keyframe_stage, [self.fps]),
+            "stage 2": (
+                self.interpolation_stage,
+                [self.fps * 2 ** (n + 1) for n in range(self.doublings)],
+            ),
+        }
+        return {
+            name: missing
+            for name, (stage, wanted) in rates.items()
+            if stage and (missing := [r for r in wanted if r not in stage[1].recipe.frame_rates])
+        }
+
     def described(self) -> dict[str, Any]:
         """All that a video depends on besides its prompt and number, for its about.json."""
         names = (

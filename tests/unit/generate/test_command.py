@@ -163,6 +163,16 @@ def test_a_given_video_is_interpolated(runs: Path, tmp_path: Path) -> None:
     assert np.array_equal(tokens(tmp_path / "one"), made)
 
 
+def test_a_rate_that_was_not_trained_is_said(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = [*both_stages(runs), *prompt_options(PROMPTS[:1]), "--fps", "4", "--rounds", "2"]
+    with caplog.at_level("WARNING", "megavideo"):
+        generate(runs, tmp_path, *options)
+    assert "stage 2 was not trained at 16 frames a second" in caplog.text
+    assert "stage 1" not in caplog.text
+
+
 def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None:
     options = [*both_stages(runs), *prompt_options(PROMPTS), "--samples", "2", "--guidance", "3"]
     said = generate(runs, tmp_path / "out", *options, "--dry-run")
