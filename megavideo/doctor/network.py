@@ -1,6 +1,5 @@
 """Measured between processes: all-reduce by link class, each link of a ring, and clocks."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -42,9 +41,9 @@ def bandwidth(facts: Sequence[Facts], device: torch.device) -> list[Verdict]:
     inside = _within(facts, heads, device)
     if len(heads) == 1:
         return [inside]
-    group = dist.new_group([head.rank for head in heads])
-    me = int(os.environ.get("RANK", "0"))
-    rate = all_reduce_rate(group, device) if any(h.rank == me for h in heads) else 0.0
+    ranks = [head.rank for head in heads]
+    group = dist.new_group(ranks)
+    rate = all_reduce_rate(group, device) if dist.get_rank() in ranks else 0.0
     rates = _gather(rate)
     text = f"{rates[heads[0].rank]:.3f} GB/s all-reduce over {len(heads)} nodes"
     links = ring(heads, group, device)
@@ -52,13 +51,10 @@ def bandwidth(facts: Sequence[Facts], device: torch.device) -> list[Verdict]:
 
 
 def _within(facts: Sequence[Facts], heads: Sequence[Facts], device: torch.device) -> Verdict:
-    rate = 0.0
-    for head in heads:  # every rank takes part in making every group
-        ranks = [fact.rank for fact in facts if fact.node == head.node]
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks and len(ranks) > 1:
-            rate = all_reduce_rate(group, device)
-    rates = _gather(rate)
+    members = [[fact.rank for fact in facts if fact.node == head.node] for head in heads]
+    groups = [dist.new_group(ranks) for ranks in members]  # every rank takes part in making each
+    own = next(place for place, ranks in enumerate(members) if dist.get_rank() in ranks)
+    rates = _gather(all_reduce_rate(groups[own], device) if len(members[own]) > 1 else 0.0)
     return judge_within({head.node: rates[head.rank] for head in heads})
 
 
@@ -95,7 +91,9 @@ def all_reduce_rate(group: dist.ProcessGroup | None, device: torch.device) -> fl
     """
     message = _message(device)
     size = dist.get_world_size(group)
-    seconds = [_timed(lambda: dist.all_reduce(message, group=group), device) for _ in range(4)]
+    seconds = [
+        _timed(lambda: dist.all_reduce(message, group=group), device) for _ in range(1 + REPEATS)
+    ]
     moved = 2 * (size - 1) / size * message.nbytes
     return moved / statistics.median(seconds[1:]) / 1e9
 

@@ -95,6 +95,7 @@ def start(
     run: Path,
     *settings: str,
     restarts: int = 0,
+    **environment: str,
 ) -> Job:
     """Start `megavideo train` with one process on each host, as launch/ does on each node.
 
@@ -113,7 +114,9 @@ def start(
     processes = []
     for host in hosts:
         with open(log_file(run, host), "a") as log:
-            processes.append(host.start(*line, env=ENVIRONMENT, stdout=log, stderr=log))
+            processes.append(
+                host.start(*line, env=ENVIRONMENT | environment, stdout=log, stderr=log)
+            )
     return Job(hosts, run, processes)
 
 
