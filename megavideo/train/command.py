@@ -172,7 +172,8 @@ def _open_run(config: Config, world: World) -> Run:
     engine = build_engine(config, world, training.fingerprint)
     world.from_rank_zero(lambda: _keep_config(config))  # now that nothing refused it
     step = engine.progress.step
-    if step == 0 and config.recipe.base is None and config.recipe.stage != "image":
+    has_random_base = config.recipe.base is None and config.recipe.stage != "image"
+    if has_random_base and step == 0 and world.rank == 0:
         log.warning("recipe.base is not set: the frozen base keeps its random initial values")
     if step >= config.recipe.steps:
         log.info("nothing to do: step %d of recipe.steps=%d is done", step, config.recipe.steps)
