@@ -86,6 +86,14 @@ COMMANDS = {
         "megavideo.benchmark.command:main",
         "Measure speed beside that of alternatives.",
     ),
+    "plan": (
+        "megavideo.plan.command:main",
+        "Predict the fastest layout on machines that are described, not at hand.",
+    ),
+    "calibrate": (
+        "megavideo.benchmark.calibration.command:main",
+        "Measure this machine for `megavideo plan`.",
+    ),
     "report": (
         "megavideo.report.command:main",
         "Loss curves, predicted frames and figures of runs.",

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import prod
 
-from megavideo.config.schema import ModelConfig, RecipeConfig
+from megavideo.config.schema import ModelConfig, RecipeConfig, Stage
 from megavideo.layout.rules import Rule, loss_frames, spatial_rule, temporal_rule
 from megavideo.layout.tiles import Attention, attention_products
 from megavideo.model.build import stage_grid
-from megavideo.model.table import parameter_table
+from megavideo.model.table import ParameterRow, parameter_table
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,20 @@ def head_work(model: ModelConfig, recipe: RecipeConfig) -> Work:
     return _linear("head", slots, model.hidden * model.image_codes, True, recipe.stage == "image")
 
 
-@lru_cache(maxsize=1024)
 def block_work(
     model: ModelConfig, recipe: RecipeConfig, layer: int, execution: Execution = USEFUL
 ) -> list[Work]:
     """The parts of block `layer`."""
-    grid, h = stage_grid(model, recipe.stage), model.hidden
-    base_trains = recipe.stage == "image"
-    spatial = spatial_rule(grid, recipe.stage)
+    return list(_block_work(model, recipe.stage, recipe.window, layer, execution))
+
+
+@lru_cache(maxsize=1024)
+def _block_work(
+    model: ModelConfig, stage: Stage, window: int, layer: int, execution: Execution
+) -> tuple[Work, ...]:
+    grid, h = stage_grid(model, stage), model.hidden
+    base_trains = stage == "image"
+    spatial = spatial_rule(grid, stage)
     # Of the last block's text, only keys and values reach the loss.
     text_goes_on = base_trains and layer < model.layers - 1
     work = [
@@ -125,22 +131,27 @@ def block_work(
         _image_attention("spatial attention", spatial, grid.text, model, execution, base_trains),
     ]
     if not base_trains:
-        rule = temporal_rule(grid, recipe.stage, recipe.window, layer)
+        rule = temporal_rule(grid, stage, window, layer)
         work += [
             _linear("temporal on images", grid.image_tokens, 4 * h * h, True, True),
             _linear("temporal on text", grid.text, 2 * h * h, False, True),
             _image_attention("temporal attention", rule, grid.text, model, execution, True),
         ]
     if execution.recompute == "none":
-        return work
+        return tuple(work)
     # Frozen text too, although it has no backward pass: see block.py.
-    return [_done_again(part) for part in work]
+    return tuple(_done_again(part) for part in work)
+
+
+def num_parameters(model: ModelConfig, recipe: RecipeConfig) -> int:
+    """All parameters, frozen ones included."""
+    return sum(prod(row.shape) for row in cached_table(model, recipe.stage == "image"))
 
 
 @cache
-def num_parameters(model: ModelConfig, recipe: RecipeConfig) -> int:
-    """All parameters, frozen ones included."""
-    return sum(prod(row.shape) for row in parameter_table(model, recipe))
+def cached_table(model: ModelConfig, base: bool) -> list[ParameterRow]:
+    """The table of a base's or of a video model; nothing else in a recipe matters to it."""
+    return parameter_table(model, RecipeConfig(stage="image" if base else "keyframes", steps=1))
 
 
 def _done_again(work: Work) -> Work:

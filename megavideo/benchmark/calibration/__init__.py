@@ -1,0 +1,1 @@
+"""Measuring a machine for `megavideo plan`."""

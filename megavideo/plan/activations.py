@@ -1,0 +1,174 @@
+"""What autograd keeps for the backward pass, tensor by tensor, in bytes of one sample on one rank.
+
+Read off the layers' code: a frozen linear keeps nothing, a trained one its input; LayerNorm keeps
+its input, GELU its own, the mixture both channels. Checked against a count of saved tensors (see
+tests/unit/plan/test_activations.py). Letters: h hidden, V image and T text slots, n heads.
+
+Outside a tensor-parallel region slots are whole, or cut over tp under sequence parallelism; inside,
+slots are whole and heads or units are cut (parallel/region.py).
+"""
+
+from dataclasses import dataclass
+
+from megavideo.config.schema import Config
+from megavideo.layout.render import blocks
+from megavideo.layout.rules import Rule, loss_frames, spatial_rule, temporal_rule
+from megavideo.model.build import stage_grid
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FLOAT32 = 4
+INT64 = 8
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one sample on one tensor-parallel rank.
+
+    Attributes:
+        kept: from the forward pass to the backward pass of the layer.
+        working: the most that the layer's backward pass needs beside it: what recomputation makes
+            again, or gradients of logits.
+    """
+
+    kept: int
+    working: int
+
+
+class Ledger:
+    """Adds up saved tensors of a model in a layout.
+
+    Args:
+        attention: backend of ops/backends.py.
+        on_gpu: dropout keeps a byte an element there, and a float on a CPU.
+    """
+
+    def __init__(self, config: Config, attention: str, on_gpu: bool):
+        self.model, self.recipe, self.parallel = config.model, config.recipe, config.parallel
+        model, recipe, parallel = self.model, self.recipe, self.parallel
+        self.attention = attention
+        self.element = ELEMENT_BYTES[recipe.precision]
+        self.zeros = 1 if on_gpu else self.element
+        self.tp = parallel.tp
+        self.outside = parallel.tp if parallel.sequence_parallel else 1
+        self.grid = stage_grid(model, recipe.stage)
+        self.base_trains = recipe.stage == "image"
+        # DeepSpeed's linear of ZeRO 3 keeps its input whether or not the weight is trained.
+        self.keeps_inputs = self.base_trains or parallel.zero == 3
+
+    def layers(self) -> list[Kept]:
+        """Of each layer of model/build.py's list."""
+        blocks = self.model.layers
+        # Odd and even blocks differ (shifted windows), and the last of a trained base.
+        kinds = [(index % 2, index == blocks - 1) for index in range(blocks)]
+        by_kind = {kind: self.block(kinds.index(kind)) for kind in dict.fromkeys(kinds)}
+        return [self.embedding(), *(by_kind[kind] for kind in kinds), self.head()]
+
+    def embedding(self) -> Kept:
+        """Word rows and positions are looked up; dropout keeps its zeros."""
+        slots = self.grid.image_tokens + (self.grid.text if self.base_trains else 0)
+        indices = slots * INT64 * 2 if self.base_trains else 0
+        return Kept(self._dropout(slots) + indices, 0)
+
+    def block(self, layer: int) -> Kept:
+        """A block's, whole or, recomputed, its inputs alone."""
+        whole = self._block(layer)
+        if self.parallel.recompute == "none":
+            return Kept(whole, 0)
+        inputs = self._states(self.grid.sequence, self.outside)
+        return Kept(inputs, whole - self._states(self.grid.image_tokens, self.outside))
+
+    def head(self) -> Kept:
+        """The last LayerNorm's input, and log-probabilities in float32.
+
+        Backward, their gradient stands beside them in float32 and in the model's type.
+        """
+        slots = len(loss_frames(self.recipe.stage, self.grid.frames)) * self.grid.tokens_per_frame
+        logits = slots * -(-self.model.image_codes // self.tp)
+        kept = self._norm(self.grid.image_tokens) + logits * FLOAT32
+        if self.base_trains:
+            kept += self._states(slots)
+        if self.tp > 1:
+            kept += slots * (INT64 + 1)
+        return Kept(kept, logits * (FLOAT32 + self.element))
+
+    def boundary(self) -> int:
+        """States that a pipeline stage sends on, kept until their gradient has come back."""
+        return self._states(self.grid.sequence, self.outside)
+
+    def _block(self, layer: int) -> int:
+        grid, recipe = self.grid, self.recipe
+        image = grid.image_tokens
+        spatial = spatial_rule(grid, recipe.stage)
+        kept = self._norm(image) + self._attention(spatial, trained=self.keeps_inputs)
+        if not self.base_trains:
+            rule = temporal_rule(grid, recipe.stage, recipe.window, layer)
+            kept += self._entered(grid.sequence) + self._attention(rule, trained=True)
+            kept += 2 * self._states(image)  # both channels' outputs, which the mixture weighs
+        else:
+            kept += self._entered(image) + self._base_text(layer)
+        return kept + self._branch(image) + self._mlp(image)
+
+    def _branch(self, slots: int) -> int:
+        """After attention: the norms of its output and of the new residual stream."""
+        return self._norm(self._left(slots)) + self._norm(slots)
+
+    def _mlp(self, slots: int) -> int:
+        kept = self._states(slots, self.tp) * 4  # of GELU
+        if self.keeps_inputs:
+            kept += self._entered(slots) + 4 * self._states(slots, self.tp)
+        if self.recipe.hidden_dropout:
+            return kept + self._dropout(slots) + self._norm(slots)
+        return kept + self._norm(self._left(slots))
+
+    def _attention(self, rule: Rule, trained: bool) -> int:
+        """Of one channel on images: packed projections, log-sum-exp, and what the backend adds."""
+        image, text = self.grid.image_tokens, self.grid.text
+        # Frozen text's keys and values are a view of its packed queries, keys and values.
+        of_text = self._states(text, self.tp) * (3 if rule.own_frame else 2)
+        out = self._states(image, self.tp)
+        statistics = image * self.model.heads // self.tp * FLOAT32
+        packed = 3 * self._states(image, self.tp)
+        kept = packed + of_text + statistics + (out if trained else 0)
+        if self.attention == "library":
+            return kept + (0 if trained else out)
+        if self.attention == "sdpa":
+            copied = 0 if self.base_trains else of_text  # trained text keeps its own as well
+            return kept + self._sdpa(rule) + out - copied - packed
+        return kept
+
+    def _sdpa(self, rule: Rule) -> int:
+        """Queries in block order, keys and values of each block with text, and its mask."""
+        text, sizes = self.grid.text, [len(block.slots) for block in blocks(rule)]
+        keys = sum(2 * self._states(text + n, self.tp) for n in sizes)
+        masks = sum(n * (text + n) for n in sizes) * self.element
+        return 3 * self._states(self.grid.image_tokens, self.tp) + keys + masks
+
+    def _base_text(self, layer: int) -> int:
+        """The text stream where it is trained; of the last layer only keys and values matter."""
+        text = self.grid.text
+        kept = self._norm(text) + self._entered(text)
+        if layer == self.model.layers - 1:
+            return kept
+        statistics = text * self.model.heads // self.tp * FLOAT32
+        kept += self._states(text, self.tp) + statistics + text * text * self.element
+        return kept + self._branch(text) + self._mlp(text)
+
+    def _entered(self, slots: int) -> int:
+        """A trained linear's input inside a region: all slots."""
+        return self._states(slots)
+
+    def _left(self, slots: int) -> int:
+        """Slots in a region's result: one collective carries images and text in one buffer."""
+        return self.grid.sequence if self.tp > 1 and slots == self.grid.image_tokens else slots
+
+    def _norm(self, slots: int) -> int:
+        """A LayerNorm's input and its two statistics, outside."""
+        return self._states(slots, self.outside) + 2 * slots * FLOAT32 // self.outside
+
+    def _dropout(self, slots: int) -> int:
+        if not self.recipe.hidden_dropout:
+            return 0
+        return slots * self.model.hidden * self.zeros // self.outside
+
+    def _states(self, slots: int, parts: int = 1) -> int:
+        return slots * self.model.hidden * self.element // parts

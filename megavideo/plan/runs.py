@@ -1,0 +1,40 @@
+"""Which layers lie on which pipeline rank, computed once for all layouts that agree on it."""
+
+from functools import lru_cache
+from typing import Literal
+
+from megavideo.config.schema import Config, ModelConfig, ParallelConfig, RecipeConfig, Stage
+from megavideo.model.partition import partition, runs_of_rank
+
+Runs = tuple[range, ...]
+Recompute = Literal["none", "layer"]
+
+
+def runs_of(config: Config) -> Runs:
+    """The layers of each run, of all pipeline ranks."""
+    parallel, recipe = config.parallel, config.recipe
+    cut = (parallel.pp, parallel.virtual_stages, parallel.partition, parallel.recompute)
+    return _runs(config.model, recipe.stage, recipe.window, *cut)
+
+
+def layers_of_rank(config: Config, rank: int) -> list[int]:
+    """Numbers of the layers that a pipeline rank holds."""
+    own = runs_of_rank(runs_of(config), rank, config.parallel.pp)
+    return [layer for run in own for layer in run]
+
+
+@lru_cache(maxsize=1024)
+def _runs(
+    model: ModelConfig,
+    stage: Stage,
+    window: int,
+    pp: int,
+    virtual_stages: int,
+    given: tuple[int, ...] | None,
+    recompute: Recompute,
+) -> Runs:
+    recipe = RecipeConfig(stage=stage, window=window, steps=1)
+    parallel = ParallelConfig(
+        pp=pp, virtual_stages=virtual_stages, partition=given, recompute=recompute
+    )
+    return tuple(partition(model, recipe, parallel))

@@ -1,0 +1,293 @@
+"""Seconds of a training step in a layout, part by part, on described hardware.
+
+Compute: every matrix product by its shape, attention by executed tiles, pointwise operations by the
+bytes they move, programs by their own time (beside it on a GPU, before it on a CPU). Communication
+by messages and bytes over the slowest link that a group crosses, with ring algorithms; nothing is
+assumed to be hidden but most of what ZeRO 3 gathers (predict.py).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Literal
+
+from megavideo.config.schema import Config, ModelConfig
+from megavideo.layout.rules import loss_frames
+from megavideo.layout.tiles import Attention
+from megavideo.model.build import stage_grid
+from megavideo.model.flops import Execution, block_work, cached_table
+from megavideo.plan.activations import ELEMENT_BYTES
+from megavideo.plan.hardware import Hardware, Link
+from megavideo.plan.memory import layer_parameters
+from megavideo.plan.runs import layers_of_rank
+
+# How the attention backend of a profile goes over the pairs (layout/tiles.py).
+TILES: dict[str, Attention] = {"library": "library", "sdpa": "blocks", "reference": "blocks"}
+
+Direction = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One linear layer's matrix product: [rows, depth] x [depth, columns], on one rank."""
+
+    rows: int
+    columns: int
+    depth: int
+    input_gradient: bool
+    weight_gradient: bool
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one micro-batch through one layer, on one rank."""
+
+    forward: float
+    backward: float
+    recomputed: float = 0.0
+    tp: float = 0.0
+    tp_backward: float = 0.0
+
+    @property
+    def all_forward(self) -> float:
+        return self.forward + self.tp
+
+    @property
+    def all_backward(self) -> float:
+        return self.backward + self.recomputed + self.tp_backward
+
+
+class Machine:
+    """Times of what ranks do, laid out over nodes as parallel/mesh.py numbers them."""
+
+    def __init__(self, hardware: Hardware, tp: int, dp: int, pp: int):
+        self.hardware = hardware
+        self.tp, self.dp, self.pp = tp, dp, pp
+
+    def group_link(self, size: int, stride: int) -> Link:
+        """What a ring over `size` ranks, `stride` apart, gets: its members on a node share the
+        node's ways out, so a ring with several members on each node has several.
+        """
+        hardware = self.hardware
+        if size * stride <= hardware.devices_per_node:
+            return hardware.node_link
+        members = max(1, hardware.devices_per_node // stride)
+        speed = min(hardware.node_link.gb_per_s, members * hardware.network.gb_per_s)
+        return hardware.network.model_copy(update={"gb_per_s": speed})
+
+    def all_reduce(self, size: int, stride: int, payload: float) -> float:
+        """Seconds of a ring all-reduce of `payload` bytes."""
+        return 2 * self.gather(size, stride, payload)
+
+    def gather(self, size: int, stride: int, payload: float) -> float:
+        """Seconds of an all-gather to, or reduce-scatter of, `payload` bytes on each rank."""
+        if size == 1:
+            return 0.0
+        link = self.group_link(size, stride)
+        steps = size - 1
+        return steps * link.latency_us * 1e-6 + payload * steps / size / (link.gb_per_s * 1e9)
+
+    def send(self, payload: float) -> float:
+        """Seconds from a pipeline stage to the next."""
+        away = self.dp * self.tp >= self.hardware.devices_per_node
+        link = self.hardware.network if away else self.hardware.node_link
+        return link.latency_us * 1e-6 + payload / (link.gb_per_s * 1e9)
+
+
+class LayerTimes:
+    """Times of a model's layers on one tensor-parallel rank, each computed once."""
+
+    def __init__(self, config: Config, hardware: Hardware, machine: Machine):
+        self.config, self.hardware, self.machine = config, hardware, machine
+        self.parallel = config.parallel
+        self.grid = stage_grid(config.model, config.recipe.stage)
+        self.samples = config.recipe.micro_batch
+        self.element = ELEMENT_BYTES[config.recipe.precision]
+        self.base_trains = config.recipe.stage == "image"
+
+    def layers(self) -> list[Seconds]:
+        """Of each layer of model/build.py's list."""
+        blocks = self.config.model.layers
+        # Odd and even blocks differ (shifted windows), and the last of a trained base.
+        kinds = [(index % 2, index == blocks - 1) for index in range(blocks)]
+        by_kind = {kind: self._block(kinds.index(kind)) for kind in dict.fromkeys(kinds)}
+        return [self._embedding(), *(by_kind[kind] for kind in kinds), self._head()]
+
+    def products(self) -> list[Product]:
+        """The linear layers of a block."""
+        h, tp, b = self.config.model.hidden, self.parallel.tp, self.samples
+        shapes = [(3 * h // tp, h), (h, h // tp), (4 * h // tp, h), (h, 4 * h // tp)]
+        trained = self.base_trains
+        found = [Product(b * self.grid.text, *shape, trained, trained) for shape in shapes]
+        found += [Product(b * self.grid.image_tokens, *shape, True, trained) for shape in shapes]
+        if not trained:
+            images = b * self.grid.image_tokens
+            found += [Product(images, *shape, True, True) for shape in shapes[:2]]
+            found.append(Product(b * self.grid.text, 2 * h // tp, h, False, True))
+        return found
+
+    def _block(self, layer: int) -> Seconds:
+        overhead = self.hardware.overhead
+        forward = sum(self._product(p, "forward") for p in self.products())
+        backward = sum(self._product(p, "backward") for p in self.products())
+        forward += self._attention(layer, "forward") + self._pointwise("forward")
+        backward += self._attention(layer, "backward") + self._pointwise("backward")
+        forward = self._with_program(forward, overhead.layer_forward_ms)
+        backward = self._with_program(backward, overhead.layer_backward_ms)
+        again = forward if self.parallel.recompute != "none" else 0.0
+        tp = self._regions(self.grid.sequence)
+        return Seconds(
+            forward,
+            backward,
+            again,
+            tp,
+            self._regions(self.grid.sequence if self.base_trains else self.grid.image_tokens)
+            + (tp if again else 0.0),
+        )
+
+    def _embedding(self) -> Seconds:
+        """Looking up words and positions, and summing over ranks what each has of the words."""
+        states = self.samples * self.grid.sequence * self.config.model.hidden * self.element
+        forward = 4 * states / self.hardware.bytes_per_s("copy")
+        tp = self._region(states) if self.parallel.tp > 1 else 0.0
+        return Seconds(forward, forward / 2, 0.0, tp)
+
+    def _head(self) -> Seconds:
+        """Logits of image codes at loss-carrying slots, and their cross-entropy in float32."""
+        model, stage = self.config.model, self.config.recipe.stage
+        slots = len(loss_frames(stage, self.grid.frames)) * self.grid.tokens_per_frame
+        columns = -(-model.image_codes // self.parallel.tp)
+        product = Product(self.samples * slots, columns, model.hidden, True, self.base_trains)
+        logits = self.samples * slots * columns
+        forward = self._product(product, "forward") + self._loss(logits, "forward")
+        backward = self._product(product, "backward") + self._loss(logits, "backward")
+        states = self.samples * self.grid.image_tokens * model.hidden * self.element
+        tp = self.machine.all_reduce(self.parallel.tp, 1, 12 * self.samples * slots)
+        return Seconds(forward, backward, 0.0, tp, self._region(states))
+
+    def _product(self, product: Product, direction: Direction) -> float:
+        m, n, k = product.rows, product.columns, product.depth
+        if direction == "forward":
+            return self._matrix(m, n, k)
+        seconds = self._matrix(m, k, n) if product.input_gradient else 0.0
+        return seconds + (self._matrix(n, k, m) if product.weight_gradient else 0.0)
+
+    def _matrix(self, m: int, n: int, k: int) -> float:
+        rate = self.hardware.gemm_flops_per_s(self.config.recipe.precision, m, n, k)
+        return 2 * m * n * k / rate
+
+    def _attention(self, layer: int, direction: Direction) -> float:
+        execution = Execution(TILES[self.hardware.attention])
+        parts = block_work(self.config.model, self.config.recipe, layer, execution)
+        work = [part for part in parts if part.part.endswith("attention")]
+        flops = sum(p.forward if direction == "forward" else p.input_gradient for p in work)
+        rate = self.hardware.attention_tflops[direction] * 1e12
+        return flops * self.samples / self.parallel.tp / rate
+
+    def _pointwise(self, direction: Direction) -> float:
+        """Four LayerNorms and two residual sums outside regions, GELU and the mixture inside."""
+        h, e, b = self.config.model.hidden, self.element, self.samples
+        outside = self.parallel.tp if self.parallel.sequence_parallel else 1
+        seconds = 0.0
+        for slots, differentiated in (
+            (self.grid.image_tokens, True),
+            (self.grid.text, self.base_trains),
+        ):
+            if direction == "backward" and not differentiated:
+                continue
+            states = b * slots * h * e
+            counts = FORWARD_STATES if direction == "forward" else BACKWARD_STATES
+            for operation, count in counts.items():
+                if operation == "dropout" and not self.config.recipe.hidden_dropout:
+                    continue
+                if operation == "mix" and (self.base_trains or slots == self.grid.text):
+                    continue
+                parts = {"gelu": self.parallel.tp, "mix": 1}.get(operation, outside)
+                name = operation if direction == "forward" else f"{operation}_backward"
+                seconds += count * states / parts / self._rate(name)
+        return seconds
+
+    def _loss(self, logits: int, direction: Direction) -> float:
+        name = "softmax" if direction == "forward" else "softmax_backward"
+        return LOGIT_BYTES[direction] * logits / self._rate(name)
+
+    def _rate(self, operation: str) -> float:
+        return self.hardware.bytes_per_s(operation)
+
+    def _with_program(self, device: float, program_ms: float) -> float:
+        """A GPU works while the program runs ahead, a CPU cannot."""
+        program = program_ms * 1e-3
+        return max(device, program) if self.hardware.kind == "gpu" else device + program
+
+    def _regions(self, slots: int) -> float:
+        """Attention's and the MLP's collectives in one direction."""
+        states = self.samples * slots * self.config.model.hidden * self.element
+        return 2 * self._region(states)
+
+    def _region(self, payload: float) -> float:
+        """One sum over ranks: an all-reduce, or an all-gather and a reduce-scatter."""
+        return self.machine.all_reduce(self.parallel.tp, 1, payload)
+
+
+# States [slots, h] that pointwise operations read and write: e bytes each (GELU has four of them).
+FORWARD_STATES = {"layer_norm": 8, "copy": 6, "gelu": 8, "mix": 3, "dropout": 2.5}
+BACKWARD_STATES = {"layer_norm": 12, "copy": 9, "gelu": 12, "mix": 10, "dropout": 2.5}
+
+
+# Bytes that cast, softmax and loss in float32 read and write for each logit.
+LOGIT_BYTES: dict[Direction, int] = {"forward": 20, "backward": 12}
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Communication between replicas, and the optimizer, of one step."""
+
+    gradients: float
+    weights: float
+    optimizer: float
+
+
+def reduction(config: Config, machine: Machine, trained: int, held: int, steps: int) -> Reduction:
+    """What follows the backward passes on the rank that trains most.
+
+    ZeRO 0 all-reduces gradients; 1 and 2 also gather weights, 2 reduces at each micro-batch; 3
+    gathers all weights, frozen ones too, forward and backward of each micro-batch.
+
+    Args:
+        trained, held: elements on this rank.
+        steps: micro-batches.
+    """
+    parallel, precision = config.parallel, config.recipe.precision
+    element, dp, stride = ELEMENT_BYTES[precision], machine.dp, parallel.tp
+    accumulated = 2 if precision == "fp16" else 4
+    share = dp if parallel.zero else 1
+    # Adam reads and writes master and moments, reads the gradient; norm and clipping pass it twice.
+    memory = trained / share * (24 + 3 * accumulated) + trained * element
+    optimizer = memory / machine.hardware.bytes_per_s("adam")
+    if parallel.zero < 2:
+        gradients = machine.all_reduce(dp, stride, trained * accumulated)
+    else:
+        gradients = steps * machine.gather(dp, stride, trained * element)
+    weights = machine.gather(dp, stride, trained * element) if parallel.zero else 0.0
+    if parallel.zero == 3:
+        weights = 2 * steps * machine.gather(dp, stride, held * element)
+    return Reduction(gradients, weights, optimizer)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of a checkpoint: trained weights as they are, master weights, two moments."""
+    trained = _trained(config.model, config.recipe.stage == "image")
+    return trained * (ELEMENT_BYTES[config.recipe.precision] + 12)
+
+
+@lru_cache(maxsize=16)
+def _trained(model: ModelConfig, base: bool) -> int:
+    rows = cached_table(model, base)
+    return sum(prod(row.shape) for row in rows if base or row.trainable)
+
+
+def trained_and_held(config: Config, rank: int) -> tuple[int, int]:
+    """Elements that a rank of a pipeline stage trains, and all that it holds."""
+    parameters = layer_parameters(config)
+    held = [parameters[layer] for layer in layers_of_rank(config, rank)]
+    return sum(h.trained for h in held), sum(h.trained + h.frozen for h in held)
