@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def main(
     verdicts = _together(facts, config, directory, timeout)
     if rank() == 0 or (verdicts[0].check == "rendezvous" and facts.local_rank == 0):
         click.echo("\n".join(map(str, verdicts)))
+    if verdicts[0].check == "rendezvous":
+        # Where torchrun's store is, its end ends the other nodes', which may not have spoken yet.
+        time.sleep(timeout)
     # One process of a node is enough: at the first status that is not 0, torchrun kills the others,
     # and one of them may still be printing.
     if failed(verdicts) and facts.local_rank == 0:
