@@ -184,6 +184,11 @@ def replicas(config: Config, world_size: int) -> int:
     Raises:
         ValueError: if the layout, the batch or the schedule cannot be.
     """
+    if config.parallel.offload_optimizer:
+        raise ValueError(
+            "parallel.offload_optimizer=true cannot be predicted: no hardware profile says how "
+            "fast a host's optimizer is; set parallel.offload_optimizer=false"
+        )
     check_world(config.parallel, world_size)
     dp = world_size // (config.parallel.pp * config.parallel.tp)
     check_schedule(config.parallel, accumulation_steps(config.recipe, dp))

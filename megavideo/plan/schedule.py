@@ -102,7 +102,7 @@ def ideal_seconds(
     send_s: float,
 ) -> float:
     """What `pipeline_seconds` would be if the busiest rank waited for filling and draining only."""
-    sends = 2 * send_s if pp > 1 else 0.0
+    sends = 2 * send_s if len(forward_s) == pp > 1 else 0.0
     runs = [f + b + sends for f, b in zip(forward_s, backward_s, strict=True)]
     busiest = max(sum(runs[rank::pp]) for rank in range(pp))
     return micro_batches * busiest + (pp - 1) * sum(runs) / len(runs)
@@ -119,8 +119,8 @@ def timeline(
 
     Args:
         forward_s, backward_s: of each run.
-        send_s: from a run's end until the next rank has its states (or gradients); the sender
-            waits for it, as DeepSpeed's blocking sends do.
+        send_s: from a run's end until the next rank has its states (or gradients). DeepSpeed's own
+            schedule waits for it (blocking sends); the interleaved one goes on meanwhile.
     """
     runs = len(forward_s)
     waiting = [deque(order) for order in orders(pp, runs // pp, micro_batches)]
@@ -136,7 +136,8 @@ def timeline(
                 seconds = (forward_s if action.forward else backward_s)[action.run]
                 bars.append(Bar(rank, action, start, start + seconds))
                 last = action.run == (runs - 1 if action.forward else 0)
-                free[rank] = done[action] = start + seconds + (0.0 if last else send_s)
+                done[action] = start + seconds + (0.0 if last else send_s)
+                free[rank] = done[action] if runs == pp else start + seconds
         assert len(bars) > before, "the order of actions waits for itself"
     return bars
 

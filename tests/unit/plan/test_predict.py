@@ -69,6 +69,7 @@ def test_interleaving_shortens_the_bubble_and_more_micro_batches_too() -> None:
     ("world", "settings", "message"),
     [
         (6, ("parallel.tp=4",), "does not divide the 6 processes"),
+        (8, ("parallel.zero=3", "parallel.offload_optimizer=true"), "cannot be predicted"),
         (5, (), "recipe.batch=416 is not a multiple"),
         (4, ("parallel.pp=4", "parallel.virtual_stages=2", "recipe.batch=9", "recipe.micro_batch=1")
          , "cannot arrange"),
