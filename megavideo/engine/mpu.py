@@ -42,6 +42,9 @@ class ModelParallelUnit:
     def get_model_parallel_world_size(self) -> int:
         return self._model.size
 
+    # The loader of universal checkpoints asks by this name.
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
 
 def mark_cut(parameters: Mapping[str, nn.Parameter]) -> None:
     """Mark what is cut over tensor-parallel ranks, so that every rank's part counts in the norm."""

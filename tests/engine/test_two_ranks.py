@@ -111,4 +111,4 @@ def assert_a_flipped_bit_names_its_rank(world: World, run: Path) -> None:
     with pytest.raises(
         RunFailed, match=r"between replicas: layers\.1\.mlp\.up\.weight on ranks 0 and 1\."
     ):
-        FrozenWeights(parameters, world)
+        FrozenWeights(parameters, {}, world)
