@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -170,6 +171,7 @@ class Sink:
         self.path = path
         self._places = places
         self._filled = dict.fromkeys(places, 0)
+        self._lock = Lock()  # the kernel has one a file too, on which threads would spin
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by `close`)
 
     def __contains__(self, name: str) -> bool:
@@ -194,9 +196,10 @@ class Sink:
         self._file.close()
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
-        while len(data):
-            count = os.pwrite(self._file.fileno(), data, offset)
-            data, offset = data[count:], offset + count
+        with self._lock:
+            while len(data):
+                count = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[count:], offset + count
 
 
 class SafetensorsSink(Sink):
