@@ -1,6 +1,7 @@
 """The mesh as DeepSpeed asks for it: its "model parallel unit"."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch.distributed as dist
 from torch import nn
@@ -56,4 +57,10 @@ def mark_cut(parameters: Mapping[str, nn.Parameter]) -> None:
 def _group(axis: Axis) -> dist.ProcessGroup:
     if axis.group is not None:
         return axis.group
+    return _alone(dist.group.WORLD)
+
+
+@lru_cache(maxsize=1)
+def _alone(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of this process in `world`. One serves all: each would hold sockets of its own."""
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)

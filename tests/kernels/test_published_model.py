@@ -20,7 +20,12 @@ TOLERANCE = 0.03
 
 
 def by_kernels(
-    image_qkv: Tensor, text_kv: Tensor, text_length: Tensor, rule: Rule, dropout: float
+    image_qkv: Tensor,
+    text_kv: Tensor,
+    text_length: Tensor,
+    rule: Rule,
+    dropout: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """`local_attention` in bfloat16, with heads filled up with zeros and scores scaled back."""
     size = image_qkv.shape[-1]
