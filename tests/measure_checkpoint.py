@@ -19,6 +19,7 @@ import click
 import torch
 import torch.distributed as dist
 
+from megavideo.benchmark.checkpoint_command import drop_from_cache, save_once
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.formats.interface import shard_for
 from megavideo.checkpoint.manifest import MANIFEST, Progress, Training
@@ -83,10 +84,7 @@ def measure_loading(rank: int, folder: Path) -> None:
 
 def timed(load: Callable[[Parts], None], checkpoint: Path, cold: bool) -> float:
     if cold and dist.get_rank() == 0:
-        for file in checkpoint.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+        drop_from_cache(checkpoint.iterdir())
     dist.barrier()
     started = time.perf_counter()
     load(open_parts(checkpoint / MANIFEST))
@@ -122,15 +120,10 @@ def measure_saving(rank: int, folder: Path) -> None:
     before = peak_from_here()
     for number in range(3):
         engine.progress = replace(engine.progress, step=number)
-        started = time.perf_counter()
-        saver.save()
-        stall = time.perf_counter() - started
-        while (saved := saver.poll()) is None:
-            time.sleep(0.005)
+        saved = save_once(saver)
         size = sum(spec.nbytes for spec in saver._tensors.values()) / MIB
         told[f"save {number + 1} of {size:.0f} MiB"] = (
-            f"{saved.stall_s:.3f} s of training lost ({stall:.3f} s copy and tripwire), "
-            f"{saved.write_s:.2f} s of writing beside it"
+            f"{saved.stall_s:.3f} s of training lost, {saved.write_s:.2f} s of writing beside it"
         )
     told["memory of the three saves"] = f"{memory('VmHWM') - before:.0f} MiB"
     (folder / "saving.json").write_text(json.dumps(told))

@@ -33,11 +33,12 @@ from megavideo.model.places import copies
 from megavideo.model.trainable import check_trainable
 
 
-def build_engine(config: Config, world: World, data: str) -> Engine:
+def build_engine(config: Config, world: World, data: str, keep_base: bool = True) -> Engine:
     """Build the model, hand it to DeepSpeed, resume the checkpoint in run.directory if it has one.
 
     Args:
         data: fingerprint of the training data and its order.
+        keep_base: store frozen weights in run.directory, without which its checkpoints are no use.
 
     Raises:
         ValueError: if layout, checkpoint, base or data do not fit; before any training.
@@ -74,6 +75,8 @@ def build_engine(config: Config, world: World, data: str) -> Engine:
     else:
         world.from_rank_zero(lambda: _check_same_base(engine, config.recipe))
     log.info("frozen weights: %s", engine.frozen.digest)
+    if not keep_base:
+        return engine
     dtype = DTYPES[config.recipe.precision]
     store_base(engine.frozen, frozen_tensors(config, dtype), Path(config.run.directory))
     return engine

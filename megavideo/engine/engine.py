@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavideo.checkpoint.manifest import Progress
 from megavideo.config.schema import RecipeConfig
@@ -15,6 +15,7 @@ from megavideo.engine.dropout import seed_dropout
 from megavideo.engine.frozen import FrozenWeights
 from megavideo.engine.home import Home, Update
 from megavideo.engine.objective import Batch
+from megavideo.engine.phases import Phases
 from megavideo.engine.schedule import learning_rate
 from megavideo.engine.state import OptimizerState
 from megavideo.engine.world import World
@@ -100,6 +101,15 @@ class Engine:
     def frame_losses(self, batch: Batch) -> Tensor:
         """This replica's mean loss of each loss-carrying frame, [loss frames]."""
         return self._home.frame_losses(batch)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layers that this rank holds."""
+        return self._home.module
+
+    def time_phases(self, phases: Phases) -> None:
+        """From now on, time the phases of each step; there is no way back."""
+        self._home.time_phases(phases)
 
     def _seed_dropout(self, micro_step: int, run: int = 0) -> None:
         consumed = self.progress.consumed_samples

@@ -15,6 +15,7 @@ from megavideo.config.schema import Config
 from megavideo.engine.clip import clip_gradients
 from megavideo.engine.mpu import ModelParallelUnit
 from megavideo.engine.objective import Batch, Objective
+from megavideo.engine.phases import Phases
 from megavideo.engine.quiet import deepspeed, hushed
 from megavideo.engine.weights import new_model
 from megavideo.engine.world import World
@@ -78,6 +79,10 @@ class Home(ABC):
     def frame_losses(self, batch: Batch) -> Tensor:
         """Mean loss of each loss-carrying frame, on every rank of the replica."""
 
+    @abstractmethod
+    def time_phases(self, phases: Phases) -> None:
+        """From now on, time the phases of each step; there is no way back."""
+
 
 class SingleStageHome(Home):
     """All layers on every rank, or its parts of them, in `deepspeed.initialize`'s engine.
@@ -131,6 +136,12 @@ class SingleStageHome(Home):
 
     def frame_losses(self, batch: Batch) -> Tensor:
         return self.objective(self._engine, batch)
+
+    def time_phases(self, phases: Phases) -> None:
+        phases.put_on(self, "frame_losses", "forward")
+        phases.put_on(self, "_step", "optimizer")
+        phases.put_on(self._engine, "backward", "backward")
+        phases.put_on_reduction(self._engine)
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add this micro-batch's gradient; returns its frame losses."""

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from megavideo.config.deepspeed import deepspeed_config
 from megavideo.config.schema import Config
 from megavideo.engine.clip import clip_gradients
+from megavideo.engine.phases import INSTRUCTION_PHASES, Phases
 from megavideo.engine.pipeline.module import PipelineLayers
 from megavideo.engine.quiet import deepspeed
 from megavideo.parallel.mesh import Mesh
@@ -36,6 +38,29 @@ class ExactPipelineEngine(deepspeed.PipelineEngine):
     def grad_norm(self) -> float:
         """Global L2 norm of the last step's gradient, before clipping."""
         return float(self._global_grad_norm)
+
+    def time_instructions(self, phases: Phases) -> None:
+        """Time each instruction of the schedule from now on.
+
+        Stages then wait for each other before they reduce gradients: what those that are done early
+        would wait for in the optimizer, at the norm, is part of the bubble.
+        """
+        timed = {
+            kind: phases.timed(INSTRUCTION_PHASES[kind.__name__], function)
+            for kind, function in self._INSTRUCTION_MAP.items()
+        }
+        reduce_kind = deepspeed.runtime.pipe.schedule.ReduceGrads
+        wait = phases.timed("pipeline", lambda: dist.barrier(group=self._mesh.pp.group))
+        reduce = timed[reduce_kind]
+
+        def wait_and_reduce(engine: Any, **named: Any) -> None:
+            wait()
+            reduce(engine, **named)
+
+        # Beside the class's own: other engines are not timed.
+        own = {**timed, reduce_kind: wait_and_reduce}
+        object.__setattr__(self, "_INSTRUCTION_MAP", own)
+        phases.put_on(self, "_await", "pipeline")  # of interleaved runs: where messages are needed
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if self.optimizer is self.basic_optimizer:

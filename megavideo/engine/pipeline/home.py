@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megavideo.config.schema import Config
 from megavideo.engine.home import Home, SeedDropout, Update, poisoned
 from megavideo.engine.objective import Batch, Objective
+from megavideo.engine.phases import Phases
 from megavideo.engine.pipeline.execution import ExactPipelineEngine
 from megavideo.engine.pipeline.interleaved import InterleavedPipelineEngine
 from megavideo.engine.pipeline.module import PipelineLayers, new_pipeline_model
@@ -75,6 +76,9 @@ class PipelineHome(Home):
             num_micro_batches=1,
         )
         return self._from_last_stage(self._losses)
+
+    def time_phases(self, phases: Phases) -> None:
+        self._engine.time_instructions(phases)
 
     def _no_losses(self) -> Tensor:
         return torch.zeros(len(self.objective.frames), device=self._world.device)
