@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
@@ -71,14 +71,19 @@ class Steps:
         self.engine = engine
         self.batches = batches
         self.skipped = 0
+        self.processor_s = 0.0
 
     def __call__(self, contender: str) -> float:
-        """Make one step; its seconds on this rank, to the end of the device's work."""
+        """Make one step; its seconds on this rank, to the end of the device's work.
+
+        `processor_s` then has the processor's seconds of it, in which other programs do not count.
+        """
         with self._as(contender):
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             self.skipped += self.engine.train_batch(self.batches).skipped
             if self.engine.world.device.type == "cuda":
                 torch.cuda.synchronize()
+            self.processor_s = time.process_time() - processor
             return time.perf_counter() - started
 
     def _as(self, contender: str) -> AbstractContextManager[None]:
@@ -109,6 +114,7 @@ def measure(
     names = [OURS, PUBLISHED] if against else [OURS]
     steps = Steps(engine, batches)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    processor: dict[str, list[float]] = {name: [] for name in names}
     memory = dict.fromkeys(names, 0.0)
     for number in range(window.warmup + window.steps):
         for name in names:
@@ -117,13 +123,19 @@ def measure(
             memory[name] = max(memory[name], peak_memory_gib())
             if number >= window.warmup:
                 seconds[name].append(taken)
+                processor[name].append(steps.processor_s)
     splits = _split(steps, names, window.split)
     peak = Peak.find(config, engine.world)
     return [
         row(config, engine.world, name, peak, seconds[name], memory[name], splits[name])
-        | {"skipped": steps.skipped}
+        | {"skipped": steps.skipped, "processor_s": busiest(engine.world, processor[name])}
         for name in names
     ]
+
+
+def busiest(world: World, seconds: list[float]) -> float:
+    """The largest over ranks of the median."""
+    return max(world.gathered(median(seconds)))
 
 
 def _forget_peak() -> None:
@@ -164,7 +176,6 @@ def row(
 ) -> Row:
     """What was measured, gathered from all ranks, with everything that it must be read with."""
     tenths = [quantiles(seconds, n=10, method="inclusive")[i] for i in (1, 4, 7)]
-    median = world.gathered(tenths[1])
     splits = world.gathered(split)
     layout, recipe = config.parallel, config.recipe
     micro_batches = accumulation_steps(recipe, world.mesh.dp.size)
@@ -183,7 +194,7 @@ def row(
         "split_of_ranks_s": splits,
         **({"ideal_bubble": ideal_bubble(layout, micro_batches)} if layout.pp > 1 else {}),
         "skew": _skew(splits),
-        "rank_p50_s": median,
+        "rank_p50_s": world.gathered(tenths[1]),
         **_context(world),
         "config": {name: settings[name] for name in ("model", "recipe", "parallel")},
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from megavideo.benchmark import worlds
+from megavideo.benchmark import layouts_command, worlds
 from megavideo.benchmark.command import main
 from megavideo.benchmark.plan_check import rank_correlation
 from megavideo.benchmark.step import PHASES, Window
@@ -18,6 +18,7 @@ from megavideo.config.load import load_config
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.phases import Phases
 from megavideo.engine.world import World
+from megavideo.plan.hardware import load_hardware
 from tests.engine.dataset import make_dataset
 
 TINY = [
@@ -51,6 +52,7 @@ def assert_whole(row: dict[str, Any]) -> None:
     assert row["tokens_per_s"] == pytest.approx(row["clips_per_s"] * (8 + 5 * 16))
     assert 0 < row["mfu"] < row["mfu_6n"] and row["mfu"] < row["hfu"]
     assert row["peak_tflops"] > 0 and row["peak_from"]
+    assert row["processor_s"] > 0
     assert len(row["memory_gib"]) == len(row["rank_p50_s"]) == row["processes"]
     assert list(row["split_s"]) == list(PHASES)
     assert row["split_s"]["forward"] > 0 < row["split_s"]["backward"]
@@ -122,7 +124,9 @@ def test_a_layout_that_fails_has_a_reason_and_the_others_figures(
         function(0, case, window, folder)
 
     monkeypatch.setattr(worlds, "run_world", in_place_of_a_world)
-    profile = ["--check-plan", "h100-80", "--set", "recipe.precision=bf16"]
+    hardware = load_hardware("h100-80").model_copy(update={"kind": "cpu"})
+    monkeypatch.setattr(layouts_command, "load_hardware", lambda name: hardware)
+    profile = ["--check-plan", "like-a-cpu", "--set", "recipe.precision=bf16"]
     names = "dp1-zero1 dp2-zero3 dp1-recompute"
     output = run("layouts", *TINY, *FEW, "--output", str(tmp_path), "--layouts", names, *profile)
     first, failed, last = rows_of(tmp_path / "layouts.json")
@@ -132,6 +136,9 @@ def test_a_layout_that_fails_has_a_reason_and_the_others_figures(
         assert_whole(row)
         error = row["predicted_s"] / row["step_s"]["p50"] - 1
         assert row["prediction_error"] == pytest.approx(error)
+        error = row["predicted_processor_s"] / row["processor_s"] - 1
+        assert row["processor_error"] == pytest.approx(error)
+        assert f"| {1e3 * row['processor_s']:.4g} | {error:+.0%} |" in output
     assert last["ratio"] == pytest.approx(first["step_s"]["p50"] / last["step_s"]["p50"])
 
 
@@ -182,6 +189,7 @@ def test_time_inside_another_phase_counts_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rank_correlation_is_one_for_equal_orders() -> None:
-    assert rank_correlation([1, 2, 5], [2, 3, 4]) == 1
-    assert rank_correlation([1, 2, 5], [4, 3, 2]) == -1
+    assert rank_correlation([1, 2, 5], [2, 3, 4]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 5], [4, 3, 2]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 5], [3, 3, 4]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
