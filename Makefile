@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo    render clips, tokenise them, pretrain both stages, generate videos, write runs/demo/report (6 minutes on two idle cores)"
-	@echo "make test    run all tests (about 5 minutes on two cores)"
+	@echo "make test    run all tests (about 10 minutes on two cores)"
 	@echo "make lint    check format, lint and types"
 	@echo "make clean   remove .venv and build files; runs/ stays"
 	@echo "PYTHON=python3.12 make ...   chooses the interpreter"
