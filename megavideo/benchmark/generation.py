@@ -71,7 +71,7 @@ class Problem:
             lambda logits, frame, position: logits.argmax(-1),
         )  # fmt: skip
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def recomputed(self) -> Tensor:
         """The first tokens of the first wanted frame, int64 [B, RECOMPUTED]."""
         image, frame = self.image.clone(), self.wanted[0]

@@ -61,7 +61,7 @@ class Decoding:
     reference_compat: bool = False
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: layouts cache index tensors that training uses too
 def decode(
     model: nn.Sequential,
     prompts: Prompts,
