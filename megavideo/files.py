@@ -1,10 +1,11 @@
 """Files that are either whole or absent: write beside, fsync, rename."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def fsync_file(path: Path) -> None:
@@ -46,3 +47,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends without an error."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON for people and programs; whole or absent."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")

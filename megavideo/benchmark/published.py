@@ -30,7 +30,7 @@ RELAX = 16.0  # scores are computed this much smaller, and brought back below th
 
 
 def check_published(config: Config) -> None:
-    """Raises: ValueError where the published step is not implemented."""
+    """Raises: ValueError for layers that are cut, and for the stage of the base."""
     parallel = config.parallel
     if parallel.tp > 1 or parallel.pp > 1 or parallel.zero == 3:
         raise ValueError(

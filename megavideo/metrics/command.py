@@ -1,13 +1,12 @@
 """`megavideo evaluate-videos`: Fréchet video distance and Inception Score of folders of clips."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import torch
 
-from megavideo.files import atomic_write
+from megavideo.files import write_json
 from megavideo.metrics.clips import Cut, read_clips
 from megavideo.metrics.frechet import fit, frechet_distance
 from megavideo.metrics.inception import inception_score
@@ -127,8 +126,7 @@ def _report(result: dict[str, str | int | float], output: Path | None) -> None:
     for name, value in result.items():
         click.echo(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
     if output is not None:
-        with atomic_write(output) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        write_json(output, result)
 
 
 if __name__ == "__main__":

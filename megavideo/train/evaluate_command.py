@@ -1,6 +1,5 @@
 """`megavideo evaluate`: a checkpoint on held-out data, with right or with shuffled captions."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from megavideo.data.batch import Batch, BatchStream, open_stream
 from megavideo.engine.objective import Objective
 from megavideo.engine.weights import load_model
 from megavideo.engine.world import World, join_world
-from megavideo.files import atomic_write
+from megavideo.files import write_json
 from megavideo.train.command import load_on_all_ranks
 from megavideo.train.evaluate import frame_accuracies, held_out_means
 from megavideo.train.metrics import by_frame
@@ -113,8 +112,7 @@ def _report(result: dict[str, str | int | float], output: Path | None) -> None:
     for name, value in result.items():
         click.echo(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
     if output is not None:
-        with atomic_write(output) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        write_json(output, result)
 
 
 if __name__ == "__main__":

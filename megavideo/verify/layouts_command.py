@@ -1,6 +1,5 @@
 """`megavideo verify-layouts`: does every parallel layout train like one process?"""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from megavideo.config.command import config_arguments
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
 from megavideo.engine.errors import RunFailed
-from megavideo.files import atomic_write
+from megavideo.files import write_json
 from megavideo.log import progress
 from megavideo.verify.layout_runs import (
     Case,
@@ -118,8 +117,7 @@ def main(
         rows.append(row)
         click.echo(_format(row))
     if output:
-        with atomic_write(output) as file:
-            file.write(json.dumps([asdict(row) for row in rows], indent=1).encode())
+        write_json(output, [asdict(row) for row in rows])
     missed = sorted({row.layout for row in rows if not row.ok})
     click.echo(f"{len(wanted)} layouts compared with one process, {len(missed)} out of tolerance")
     if missed:
