@@ -6,10 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger("megavideo")
 
 PLAIN_INTERVAL_S = 10.0
+
+# Two live displays would draw over each other: a bar inside another becomes a line of the same one.
+_display: "Progress | None" = None
 
 
 def rank() -> int:
@@ -38,7 +45,10 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 @contextmanager
 def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, note="")`: a bar on a terminal, a line every ten seconds else."""
+    """Yield `advance(count=1, note="")`: a bar on a terminal, a line every ten seconds else.
+
+    May be used inside another one.
+    """
     if sys.stderr.isatty() and rank() == 0:
         with _bar(title, total) as advance:
             yield advance
@@ -48,6 +58,21 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
 
 @contextmanager
 def _bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    with _bars() as bars:
+        task = bars.add_task(title, total=total, note="")
+        try:
+            yield lambda count=1, note="": bars.update(task, advance=count, note=note)
+        finally:
+            bars.remove_task(task)
+
+
+@contextmanager
+def _bars() -> "Iterator[Progress]":
+    """The display that is live, or a new one."""
+    global _display
+    if _display is not None:
+        yield _display
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -64,9 +89,11 @@ def _bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total, note="")
-        yield lambda count=1, note="": bar.update(task, advance=count, note=note)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as _display:
+        try:
+            yield _display
+        finally:
+            _display = None
 
 
 def _plain(title: str, total: int | None) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from megavideo.config.schema import ParallelConfig, Precision
 from megavideo.engine.world import join_world
 from megavideo.generate.run import generate, given_frames, load_tokenizer
 from megavideo.generate.settings import Settings
+from megavideo.generate.work import superres_flops
 from megavideo.log import rank
 
 TIMEOUT_MINUTES = 30.0
@@ -32,6 +33,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @option("--checkpoint", type=FOLDER, help="Stage 1: a checkpoint's folder, or a run's.")
 @option("--stage2", type=FOLDER, help="Stage 2, likewise: frames between frames.")
 @option("--superres", type=FOLDER, help="Super-resolution, of `megavideo train-superres`.")
+@option("--refine", type=FOLDER, help="Iterative super-resolution, for what --superres made.")
 @option("--model", type=FILE, help="Sizes of weights that are no run: as cogvideo-9b.yaml.")
 @option("--window", type=NATURAL, default=10, help="Of stage 2's windows, for such weights.")
 @option("--image-tokenizer", type=FILE, required=True, help="The VQ-VAE of the training data.")
@@ -67,7 +69,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @option("--dry-run", is_flag=True, help="Say what there is to do, and do nothing.")
 def main(**options: Any) -> None:
     """Generate videos: a first frame, keyframes (stage 1), frames between frames (stage 2); with
-    --superres, each frame is then enlarged.
+    --superres, each frame is then enlarged, and with --refine a part of it drawn anew in rounds.
 
     Each video gets a folder OUTPUT/NAME with video.mp4, video.gif, frames.png, tokens.npy and
     about.json. A call that was cut off goes on where it was: run it again. A video depends on its
@@ -126,10 +128,24 @@ def describe(settings: Settings) -> str:
             f"tokens   {one.tokens:,} a video, {everything.tokens:,} in all",
             f"work     {one.sequences} sequences a video, {everything.flops / 1e12:,.3f} TFLOP in "
             "all",
+            *_enlarging(settings, frames * videos, tokenizer.config.compress_rate),
             f"layout   {processes} process(es), {settings.tp} share a model, {settings.batch} "
             "videos at once",
         )
     )
+
+
+def _enlarging(settings: Settings, frames: int, pixels: int) -> list[str]:
+    """A line on super-resolution, if there is any; `pixels` per token and axis."""
+    configs = [config for _, config in settings.superres_stages.values()]
+    if not configs:
+        return []
+    side, flops = configs[0].fine_side, frames * superres_flops(configs)
+    refined = ", then refined" if len(configs) > 1 else ""
+    return [
+        f"enlarge  {frames} frames to {side} x {side} tokens ({side * pixels} x {side * pixels} "
+        f"pixels){refined}, {flops / 1e12:,.3f} TFLOP in all"
+    ]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     NAME/video.mp4 video.gif frames.png    the frames
     NAME/tokens.npy                        image codes, uint16 or uint32 [frames, tokens of a frame]
-    NAME/enlarged.npy                      the same after super-resolution, if there is any
+    NAME/enlarged.npy                      the same after super-resolution (and refinement), if any
     NAME/about.json                        prompt, settings, what made it; written last
 
 Every file is written beside its name and renamed, so a job that is cut off leaves nothing half
@@ -81,8 +81,9 @@ def is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
     except (ValueError, KeyError, TypeError) as error:
         log.warning("making %s again: its %s is damaged (%s)", folder, ABOUT, error)
         return False
-    if made_with != json.loads(json.dumps(settings)):
-        odd = sorted(k for k in {**made_with, **settings} if made_with.get(k) != settings.get(k))
+    ours = json.loads(json.dumps(settings))
+    odd = sorted(k for k in {**made_with, **ours} if made_with.get(k) != ours.get(k))
+    if odd:
         raise ValueError(
             f"{folder} was made with other settings ({', '.join(odd)}); choose another --output, "
             "or remove it"

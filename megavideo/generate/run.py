@@ -134,10 +134,13 @@ class Generation:
         settings = self.settings
         if settings.superres is None:
             return None
-        check_tokenizers(settings.superres, self._text.digest, self.tokenizer.digest)
+        for folder, _ in settings.superres_stages.values():
+            check_tokenizers(folder, self._text.digest, self.tokenizer.digest)
         precision = DTYPES[settings.any_config.recipe.precision]
         device = self.tokenizer.quantize.embed.weight.device
-        return Enlarger(settings.superres, settings.labels, settings.seed, device, precision)
+        return Enlarger(
+            settings.superres, settings.refine, settings.labels, settings.seed, device, precision
+        )
 
     def pixels(self, tokens: Tensor) -> np.ndarray:
         """uint8 [frames, H, W, 3] of tokens [frames, N]."""

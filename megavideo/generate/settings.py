@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
+from megavideo.generate.enlarge import direct_config_of, iterative_config_of
 from megavideo.generate.load import folder_digest, open_checkpoint
 from megavideo.generate.pipeline import Drawing
 from megavideo.generate.requests import Request, read_prompts, requests_of
@@ -17,6 +18,7 @@ from megavideo.generate.work import Work, first_frame_work, interpolation_work, 
 from megavideo.sampling.clusters import load_labels
 from megavideo.sampling.strategy import Strategy
 from megavideo.superres.checkpoint import MANIFEST as SUPERRES_MANIFEST
+from megavideo.superres.config import DirectConfig, IterativeConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Settings:
     checkpoint: Path | None
     stage2: Path | None
     superres: Path | None
+    refine: Path | None
     model: Path | None
     window: int
     image_tokenizer: Path
@@ -74,6 +77,8 @@ class Settings:
             raise ValueError("name --checkpoint, a run of stage keyframes (or use --interpolate)")
         if self.rounds and self.stage2 is None:
             raise ValueError(f"--rounds {self.rounds} needs --stage2")
+        if self.refine is not None and self.superres is None:
+            raise ValueError("--refine draws anew what --superres DIR made: name both")
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -95,8 +100,21 @@ class Settings:
 
     @cached_property
     def interpolation_stage(self) -> tuple[Path, Config] | None:
-        """Stage 2's, if it is used."""
-        return self._open(self.stage2, "interpolation") if self.stage2 and self.doublings else None
+        """Stage 2's, if it is used; of --interpolate's video it says the sizes in any case."""
+        if self.stage2 is None or not (self.doublings or self.interpolate):
+            return None
+        return self._open(self.stage2, "interpolation")
+
+    @cached_property
+    def superres_stages(self) -> dict[str, tuple[Path, DirectConfig | IterativeConfig]]:
+        """Folder and sizes of the super-resolution models that are used, in their order."""
+        if self.superres is None:
+            return {}
+        direct = direct_config_of(self.superres, self.any_config.model)
+        if self.refine is None:
+            return {"superres": (self.superres, direct)}
+        iterative = iterative_config_of(self.refine, direct)
+        return {"superres": (self.superres, direct), "refine": (self.refine, iterative)}
 
     def _open(self, path: Path, stage: str) -> tuple[Path, Config]:
         checkpoint, config = open_checkpoint(path, stage, self._bare_config(stage))
@@ -206,7 +224,8 @@ class Settings:
         for name in files:
             path = getattr(self, name)
             described[name] = None if path is None else xxhash.xxh3_128_hexdigest(path.read_bytes())
-        described["superres"] = self.superres and folder_digest(self.superres, SUPERRES_MANIFEST)
+        for name, (folder, _) in self.superres_stages.items():
+            described[name] = folder_digest(folder, SUPERRES_MANIFEST)
         for name, stage in (("stage1", self.keyframe_stage), ("stage2", self.interpolation_stage)):
             described[name] = None if stage is None else _described(*stage)
         return described

@@ -4,11 +4,14 @@ Cached decoding computes every slot once, as a forward pass of training does, so
 what `megavideo.model.flops` says of the forward pass. With guidance, sequences count twice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavideo.config.schema import Config, RecipeConfig
 from megavideo.generate.pipeline import starts
 from megavideo.model.flops import sample_work
+from megavideo.superres.config import DirectConfig, IterativeConfig
+from megavideo.superres.work import direct_flops, iterative_flops
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ def interpolation_work(config: Config, frames: int, rounds: int) -> Work:
         work += one * len(starts(frames, given))
         frames = 2 * frames - 1
     return work
+
+
+def superres_flops(stages: Sequence[DirectConfig | IterativeConfig]) -> int:
+    """Of enlarging one frame, and refining it if there is a second model."""
+    return sum(
+        direct_flops(config) if isinstance(config, DirectConfig) else iterative_flops(config)
+        for config in stages
+    )
 
 
 def base_recipe(recipe: RecipeConfig) -> RecipeConfig:

@@ -5,18 +5,18 @@ changed, and `base/`, the frozen weights under their digest. Both are sealed fil
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from megavideo.checkpoint.files import combined_digest, tensor_entry
-from megavideo.checkpoint.formats.sat import is_sat, read_sat
+from megavideo.checkpoint.formats.sat import SatReader, is_sat, read_sat
 from megavideo.checkpoint.manifest import read_sealed, write_sealed
 from megavideo.checkpoint.part_file import read_part_file, seal_of, write_part_file
 from megavideo.files import atomic_path
@@ -42,7 +42,14 @@ class Origin:
     steps: int
 
 
-def save(folder: Path, model: DirectSuperResolution, origin: Origin) -> None:
+class Shaped(Protocol):
+    """A tensor, or what a file says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def save(folder: Path, model: SuperResolution, origin: Origin) -> None:
     """Write `model`: its trainable weights, and once, by content, the frozen ones."""
     (folder / MANIFEST).unlink(missing_ok=True)  # beside new weights an old one would say: damaged
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -74,15 +81,29 @@ def load(
         FileNotFoundError: if it is neither.
         ValueError: if it is damaged, or is no super-resolution model.
     """
-    if (path / MANIFEST).is_file():
-        config, tensors = _read_own(path)
-    elif path.is_dir() and is_sat(path):
-        config, tensors = _read_published(path)
-    else:
-        raise FileNotFoundError(
-            f"{path} is no super-resolution model: it has neither {MANIFEST} nor SAT's files"
-        )
+    config = config_of(path)
+    tensors = _read_own(path) if (path / MANIFEST).is_file() else _read_published(path)
     return _filled(config, tensors, path).to(device, dtype).eval().requires_grad_(False)
+
+
+def config_of(path: Path) -> Config:
+    """Kind and sizes of the model in folder `path`, without reading its weights.
+
+    Raises: as `load`.
+    """
+    if (path / MANIFEST).is_file():
+        body = read_sealed(path / MANIFEST, FORMAT)
+        config: Config = TypeAdapter(Config).validate_python(body["config"])
+        return config
+    if path.is_dir() and is_sat(path):
+        found = SatReader(path).tensors
+        try:
+            return published_config({superres_name(n): t for n, t in found.items()}, _sizes(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    raise FileNotFoundError(
+        f"{path} is no super-resolution model: it has neither {MANIFEST} nor SAT's files"
+    )
 
 
 def check_tokenizers(path: Path, text: str, image: str) -> None:
@@ -111,31 +132,30 @@ def origin_of(path: Path) -> Origin | None:
     return Origin(**read_sealed(path / MANIFEST, FORMAT)["origin"])
 
 
-def _read_own(path: Path) -> tuple[Config, dict[str, Tensor]]:
+def _read_own(path: Path) -> dict[str, Tensor]:
     body = read_sealed(path / MANIFEST, FORMAT)
     trained = read_part_file(path / WEIGHTS, body["seals"]["weights"])
     frozen = read_part_file(_base(path, body["base"]), body["seals"]["base"])
-    config: Config = TypeAdapter(Config).validate_python(body["config"])
-    return config, {**frozen, **trained}
+    return {**frozen, **trained}
 
 
 def _base(folder: Path, digest: str) -> Path:
     return folder / "base" / f"{digest}.safetensors"
 
 
-def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    tensors = {superres_name(name): tensor for name, tensor in read_sat(path).items()}
-    return published_config(tensors, _settings(path)), tensors
+def _read_published(path: Path) -> dict[str, Tensor]:
+    return {superres_name(name): tensor for name, tensor in read_sat(path).items()}
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _sizes(path: Path) -> dict[str, Any]:
+    """What `model_config.json` says; SAT keeps it in the checkpoint's folder or above."""
     for folder in (path, path.parent):
         if (folder / "model_config.json").is_file():
             return json.loads((folder / "model_config.json").read_text())
     return {}
 
 
-def published_config(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Config:
+def published_config(tensors: Mapping[str, Shaped], settings: Mapping[str, Any]) -> Config:
     """Sizes of a published model, from its tensors by our names and its model_config.json.
 
     Raises: ValueError if it is no super-resolution model.
@@ -143,14 +163,14 @@ def published_config(tensors: Mapping[str, Tensor], settings: Mapping[str, Any])
     if "embedding.fine_position" not in tensors:
         raise ValueError("it has no positions of fine tokens, so it is no super-resolution model")
     hidden = tensors["head.norm.weight"].shape[0]
-    side = isqrt(len(tensors["embedding.fine_position"]))
+    side = isqrt(tensors["embedding.fine_position"].shape[0])
     sizes = {
         "hidden": hidden,
         "heads": settings.get("num_attention_heads", hidden // PUBLISHED_HEAD),
         "layers": sum(name.endswith(".input_norm.weight") for name in tensors),
         "fine_side": side,
-        "vocab_size": len(tensors["embedding.word"]),
-        "position_rows": len(tensors["embedding.position"]),
+        "vocab_size": tensors["embedding.word"].shape[0],
+        "position_rows": tensors["embedding.position"].shape[0],
     }
     if any(".attention.fine." in name for name in tensors):
         return DirectConfig(**sizes, coarse_side=side // 3)

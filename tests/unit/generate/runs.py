@@ -14,9 +14,9 @@ from megavideo.data.text_tokenizer import TextTokenizer, train_text_model
 from megavideo.generate.command import main
 from megavideo.model.build import canonical_parameters
 from megavideo.model.trainable import is_trainable
-from megavideo.superres.checkpoint import Origin, save
-from megavideo.superres.config import DirectConfig
-from megavideo.superres.model import DirectSuperResolution
+from megavideo.superres.checkpoint import Origin, SuperResolution, save
+from megavideo.superres.config import DirectConfig, IterativeConfig
+from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
 from tests.unit.checkpoint.samples import write_checkpoint, write_parts
 from tests.unit.generate.models import draw_weights
 from tests.unit.superres.samples import drawn
@@ -93,20 +93,29 @@ def both_stages(folder: Path) -> list[str]:
 
 def make_superres(folder: Path, name: str = "superres", image_digest: str | None = None) -> None:
     """`folder`/`name`: frames of 4 x 4 tokens become frames of 12 x 12."""
-    text = TextTokenizer(folder / "text.model", CODES)
     config = DirectConfig(
-        hidden=16,
-        heads=2,
-        layers=1,
-        fine_side=12,
-        coarse_side=4,
-        text_slots=8,
-        coarse_position=33,
-        position_rows=64,
-        vocab_size=text.vocab_size,
-        image_codes=CODES,
-        begin_of_image=text.begin_of_image,
+        **_superres_sizes(folder), coarse_side=4, text_slots=8, coarse_position=33
     )
-    model = drawn(DirectSuperResolution(config), seed=0).float()
+    _save_superres(folder, name, DirectSuperResolution(config), image_digest)
+
+
+def make_refinement(folder: Path, name: str = "refinement", side: int = 12) -> None:
+    """`folder`/`name`: frames of `side` x `side` tokens are drawn anew."""
+    config = IterativeConfig(**_superres_sizes(folder) | {"fine_side": side}, text_slots=8)
+    _save_superres(folder, name, IterativeSuperResolution(config), None)
+
+
+def _superres_sizes(folder: Path) -> dict[str, int]:
+    text = TextTokenizer(folder / "text.model", CODES)
+    return {
+        "hidden": 16, "heads": 2, "layers": 1, "fine_side": 12, "position_rows": 64,
+        "vocab_size": text.vocab_size, "image_codes": CODES, "begin_of_image": text.begin_of_image,
+    }  # fmt: skip
+
+
+def _save_superres(
+    folder: Path, name: str, model: SuperResolution, image_digest: str | None
+) -> None:
+    text = TextTokenizer(folder / "text.model", CODES)
     image_digest = image_digest or ImageTokenizer.load(folder / "image.safetensors").digest
-    save(folder / name, model, Origin(text.digest, image_digest, 1))
+    save(folder / name, drawn(model, seed=0).float(), Origin(text.digest, image_digest, 1))

@@ -16,7 +16,15 @@ from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.video import read_clip, write_video
 from megavideo.generate.load import open_checkpoint
 from megavideo.generate.requests import Request
-from tests.unit.generate.runs import PROMPTS, both_stages, generate, make_runs, make_superres
+from megavideo.superres.upsample import round_mask
+from tests.unit.generate.runs import (
+    PROMPTS,
+    both_stages,
+    generate,
+    make_refinement,
+    make_runs,
+    make_superres,
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,43 @@ def test_frames_are_enlarged(runs: Path, tmp_path: Path) -> None:
         generate(runs, tmp_path / "x", *options, "--superres", str(runs / "stranger"))
 
 
+def test_enlarged_frames_are_refined(runs: Path, tmp_path: Path) -> None:
+    make_superres(runs)
+    make_refinement(runs)
+    options = ["--checkpoint", str(runs / "stage1"), *prompt_options(PROMPTS[:1])]
+    options += ["--superres", str(runs / "superres")]
+    refine = ["--refine", str(runs / "refinement")]
+    generate(runs, tmp_path / "large", *options)
+    generate(runs, tmp_path / "refined", *options, *refine)
+    (large,), (refined,) = ((tmp_path / name).iterdir() for name in ("large", "refined"))
+    before, after = (np.load(folder / "enlarged.npy") for folder in (large, refined))
+    drawn = round_mask(12, 1).numpy()  # what the first round leaves is never drawn anew
+    assert np.array_equal(before[:, ~drawn], after[:, ~drawn])
+    assert (before[:, drawn] != after[:, drawn]).mean() > 0.5
+    about = json.loads((refined / "about.json").read_text())["settings"]
+    assert about["refine"] and about["refine"] != about["superres"]
+    (refined / "enlarged.npy").unlink()  # it was being written
+    assert "1 videos generated" in generate(runs, tmp_path / "refined", *options, *refine)
+    assert np.array_equal(np.load(refined / "enlarged.npy"), after)
+    assert "all 1 videos are there" in generate(runs, tmp_path / "refined", *options, *refine)
+    with pytest.raises(ValueError, match=r"other settings \(refine\)"):
+        generate(runs, tmp_path / "refined", *options)
+    said = generate(runs, tmp_path / "x", *options, *refine, "--dry-run")
+    assert "5 frames to 12 x 12 tokens (96 x 96 pixels), then refined" in said
+
+
+def test_a_given_video_is_enlarged(runs: Path, tmp_path: Path) -> None:
+    make_superres(runs)
+    frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "small.mp4", frames, 2.0)
+    options = ["--stage2", str(runs / "stage2"), "--interpolate", str(tmp_path / "small.mp4")]
+    options += ["--fps", "2", "--rounds", "0", *prompt_options(PROMPTS[:1])]
+    generate(runs, tmp_path / "out", *options, "--superres", str(runs / "superres"))
+    (folder,) = (tmp_path / "out").iterdir()
+    assert np.load(folder / "enlarged.npy").shape == (3, 144)
+    assert read_clip(folder / "video.mp4", 2.0).frames.shape == (3, 96, 96, 3)
+
+
 def test_bare_weights_need_sizes_and_give_the_same_video(runs: Path, tmp_path: Path) -> None:
     options = [*prompt_options(PROMPTS[:1]), "--rounds", "1"]
     generate(runs, tmp_path / "run", *both_stages(runs), *options)
@@ -195,6 +240,17 @@ def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None
         (["--checkpoint", "stage1", "--clusters", "labels.npy"], "32 integers from 0"),
         (["--checkpoint", "stage1", "--top-p", "0"], "top_p=0"),
         (["--checkpoint", "stage1", "--image-tokenizer", "other.safetensors"], "has 16 codes"),
+        (["--checkpoint", "stage1", "--refine", "refinement"], "--superres DIR made: name both"),
+        (["--checkpoint", "stage1", "--superres", "refinement"], "give it to --refine"),
+        (["--checkpoint", "stage1", "--superres", "stage1"], "no super-resolution model"),
+        (
+            ["--checkpoint", "stage1", "--superres", "superres", "--refine", "superres"],
+            "give it to --superres",
+        ),
+        (
+            ["--checkpoint", "stage1", "--superres", "superres", "--refine", "smaller"],
+            "refines frames of 6 x 6 tokens of 32 codes; --superres makes 12 x 12 of 32",
+        ),
     ],
 )
 def test_mistakes_are_named(
@@ -202,6 +258,9 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(runs)
     np.save("labels.npy", np.zeros(3, np.int64))
+    make_superres(runs)
+    make_refinement(runs)
+    make_refinement(runs, "smaller", side=6)
     from megavideo.data.image_tokenizer import ImageTokenizerConfig
 
     config = ImageTokenizerConfig(channels=4, z_channels=4, num_codes=16, rates=(8,))

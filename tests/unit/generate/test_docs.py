@@ -11,7 +11,7 @@ from PIL import Image
 
 from megavideo.cli import group
 from megavideo.data.video import write_video
-from tests.unit.generate.runs import PROMPTS, make_runs, make_superres
+from tests.unit.generate.runs import PROMPTS, make_refinement, make_runs, make_superres
 
 PAGE = Path(__file__).parents[3] / "docs" / "generate.md"
 
@@ -20,6 +20,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     make_runs(tmp_path)
     make_superres(tmp_path)
+    make_refinement(tmp_path)
     (tmp_path / "runs").mkdir()
     for stage in ("stage1", "stage2"):
         (tmp_path / stage).rename(tmp_path / "runs" / stage)
@@ -29,13 +30,13 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     write_video("slow.mp4", frames, 1.0)
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for line in commands:
         program, *arguments = shlex.split(line)
         assert program == "megavideo"
         result = CliRunner().invoke(group, arguments, catch_exceptions=False)
         assert result.exit_code == 0, f"{line}\n{result.output}"
     assert len(list((tmp_path / "keyframes").iterdir())) == 2 * len(PROMPTS)
-    for folder in ("videos", "started", "smooth", "large", "guided"):
+    for folder in ("videos", "started", "smooth", "large", "refined", "enlarged", "guided"):
         (made,) = (tmp_path / folder).iterdir()
         assert (made / "about.json").is_file()
