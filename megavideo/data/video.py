@@ -6,6 +6,7 @@ a dropped frame or a stream that does not start at zero cannot shift what is rea
 are kept are converted to RGB and resized: that is the expensive part (1-3 ms a frame).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,6 +31,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 # Real headers are off by a frame or two, or by an audio track that is a little longer.
 TRUNCATED_SECONDS = 0.5
 TRUNCATED_SHARE = 0.05
+MAX_PIXEL_ASPECT = 4  # of a pixel's sides; real ones are below 2.2
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,24 @@ def read_frames(
         path: any file that ffmpeg reads.
         fps: frames per second of the grid; frames are repeated where the video is slower.
         size: side in pixels: the short side is scaled to it, the long side cut in the middle.
-            None keeps the size.
+            None keeps the size, with square pixels.
         max_seconds: stop after this much of the video.
 
     Yields: uint8 [H, W, 3], RGB. At least one.
     Raises: ValueError naming the path and the cause if the file is missing, is no video, is empty,
         damaged or truncated.
     """
-    if not fps > 0:
-        raise ValueError(f"fps={fps} must be greater than 0")
+    if not 0 < fps < math.inf or math.isinf(max_seconds or 0):
+        raise ValueError(f"fps={fps}, max_seconds={max_seconds}: use finite numbers above 0")
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video {path}: no such file")
-    to_array = _Converter(size)
     try:
-        with av.open(str(path)) as container:
-            for frame in _on_grid(_timed_frames(container), Fraction(fps), max_seconds):
+        # Titles and the like may be in any encoding; nothing here depends on them.
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = _video_stream(container)
+            to_array = _Converter(size, _pixel_aspect(stream))
+            for frame in _on_grid(_timed_frames(container, stream), Fraction(fps), max_seconds):
                 yield to_array(frame)
     except (av.error.FFmpegError, _Unreadable) as error:
         raise ValueError(f"video {path}: {_reason(error)}") from error
@@ -104,12 +108,28 @@ class _Shown:
     slack: Fraction
 
 
-def _timed_frames(container: av.container.InputContainer) -> Iterator[_Shown]:
-    """Frames in the order shown; each one's end is the next one's start."""
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise _Unreadable("has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise _Unreadable(f"is in a codec that PyAV {av.__version__} does not decode")
     stream.codec_context.thread_count = 1  # parallel work is over files, one a process
+    return stream
+
+
+def _pixel_aspect(stream: av.VideoStream) -> Fraction:
+    """Width by height of a pixel: tapes and DVDs have some that are not square."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)  # 0 where the file does not say
+    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        raise _Unreadable(f"is damaged: its pixels are {aspect} times as wide as high")
+    return aspect
+
+
+def _timed_frames(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[_Shown]:
+    """Frames in the order shown; each one's end is the next one's start."""
     clock = _Clock(stream)
     waiting: av.VideoFrame | None = None
     for frame in container.decode(stream):
@@ -187,10 +207,14 @@ def _on_grid(
 
 
 class _Converter:
-    """Decoded frame -> RGB array, upright, scaled and cut to size x size; repeats cost nothing."""
+    """Decoded frame -> RGB array, upright, scaled and cut to size x size; repeats cost nothing.
 
-    def __init__(self, size: int | None):
+    pixel_aspect: width by height of the decoded pixels; those of the array are square.
+    """
+
+    def __init__(self, size: int | None, pixel_aspect: Fraction):
         self.size = size
+        self.pixel_aspect = pixel_aspect
         self.reformatter = VideoReformatter()  # keeps its swscale context between frames
         self.source: av.VideoFrame | None = None
         self.array: np.ndarray | None = None
@@ -210,12 +234,11 @@ class _Converter:
         return np.ascontiguousarray(np.rot90(array, frame.rotation // 90))
 
     def _scaled_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        width, height = round(frame.width * self.pixel_aspect), frame.height
         if self.size is None:
-            return frame.width, frame.height
-        scale = self.size / min(frame.width, frame.height)
-        return max(self.size, round(frame.width * scale)), max(
-            self.size, round(frame.height * scale)
-        )
+            return width, height
+        scale = self.size / min(width, height)
+        return max(self.size, round(width * scale)), max(self.size, round(height * scale))
 
 
 def _centre_crop(array: np.ndarray, size: int | None) -> np.ndarray:
@@ -271,7 +294,7 @@ def read_comment(path: Path | str) -> str:
     Raises: ValueError naming the path if the file is no video.
     """
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             tags = {name.lower(): value for name, value in container.metadata.items()}
     except av.error.FFmpegError as error:
         raise ValueError(f"video {path}: {_reason(error)}") from error

@@ -94,6 +94,32 @@ def test_the_short_side_is_scaled_and_the_long_side_cut_in_the_middle(tmp_path: 
     assert green[..., 1].min() > 200 and green[..., [0, 2]].max() < 60
 
 
+def test_pixels_that_are_not_square_are_made_square(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "dvd.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(50), format="rgb24")))
+        container.mux(stream.encode(None))
+    assert read_clip(tmp_path / "dvd.mkv", 4).frames.shape == (1, SIZE, 2 * SIZE, 3)
+
+
+def test_a_title_in_another_encoding_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "old.mkv"
+    write_video(path, [grey(50)] * 4, 4, comment="<cafe>")
+    path.write_bytes(path.read_bytes().replace(b"<cafe>", b"<caf\xe9>"))
+    assert levels_of(path, 4) == [50] * 4
+    assert read_comment(path) == "<caf\N{REPLACEMENT CHARACTER}>"
+
+
+def test_an_unknown_codec_is_an_error_of_that_video(tmp_path: Path) -> None:
+    path = tmp_path / "new.mp4"
+    write_video(path, [grey(50)] * 4, 4)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(ValueError, match=r"new\.mp4: is in a codec that PyAV .* does not decode"):
+        read_clip(path, 4)
+
+
 def test_a_small_video_is_enlarged(tmp_path: Path) -> None:
     write_video(tmp_path / "small.mp4", [grey(100, 16, 24)] * 2, 4)
     assert read_clip(tmp_path / "small.mp4", 4, size=64).frames.shape == (2, 64, 64, 3)
