@@ -9,8 +9,9 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,17 +75,38 @@ def _caption(path: Path, line: int, row: dict[str, Any]) -> Caption:
                 f"{path}: row {line}: column {column!r} is {row[column]!r}; "
                 "fill it with text or delete the row"
             )
+        try:
+            row[column].encode()
+        except UnicodeEncodeError as error:  # JSON may escape half of a pair
+            raise ValueError(f"{path}: row {line}: column {column!r}: {error}") from error
     return Caption(row["video"], row["caption"].strip())
 
 
 def _read_csv(path: Path) -> Rows:
-    with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets write a BOM
-        reader = csv.DictReader(file)
+    begins = 1  # line of the row that is being read: a quote that is never closed takes all others
+    with open(path, "rb") as file:
+        reader = csv.reader(_decoded(file), strict=True)
         try:
-            for row in reader:
-                yield reader.line_num, row
+            header = next(reader, [])
+            if twice := [column for column in COLUMNS if header.count(column) > 1]:
+                raise ValueError(f"{path}: two columns are called {twice[0]!r}; rename one")
+            begins = reader.line_num + 1
+            for cells in filter(None, reader):
+                if any(cells[len(header) :]):
+                    raise ValueError(
+                        f"{path}: row {reader.line_num}: more cells than columns, up to "
+                        f"{cells[-1]!r}; put a text that has commas into double quotes"
+                    )
+                yield reader.line_num, dict(zip_longest(header, cells[: len(header)]))
+                begins = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: row {reader.line_num + 1}: {error}") from error
+            raise ValueError(f"{path}: row {begins}: {error}") from error
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    """Lines, decoded one by one, so that an error belongs to its line; spreadsheets write a BOM."""
+    for number, line in enumerate(file):
+        yield line.decode("utf-8" if number else "utf-8-sig")
 
 
 def _read_jsonl(path: Path) -> Rows:

@@ -34,8 +34,16 @@ def test_other_columns_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None
         ("c.csv", "video,caption\nx.mp4,\n", r"row 2: column 'caption' is ''; fill it"),
         ("c.csv", "video,caption\nx.mp4\n", r"row 2: column 'caption' is None"),
         ("c.csv", "video,caption\nx,a\nx,b\n", r"row 3: video 'x' is already in row 2"),
+        ("c.csv", "video,caption\nx,a cat, asleep\n", r"row 2: more cells .* ' asleep'; .*quotes"),
+        ("c.csv", 'video,caption\nx,"b\ny,c\nz,d\n', r"c\.csv: row 2: unexpected end"),
+        ("c.csv", "video,caption,caption\nx,a,b\n", r"two columns are called 'caption'"),
         ("c.csv", "video,caption\n", r"c\.csv: the table has no rows"),
         ("c.jsonl", '{"video": "x", "caption": "a"}\n{bad\n', r"c\.jsonl: row 2: .*JSON"),
+        (
+            "c.jsonl",
+            '{"video": "x", "caption": "\\ud83d"}\n',
+            r"row 1: column 'caption': .*surrogate",
+        ),
         ("c.jsonl", "[1, 2]\n", r"row 1: \[1, 2\] is not a JSON object"),
         ("c.jsonl", '{"video": "x", "caption": 5}\n', r"row 1: column 'caption' is 5"),
         ("c.parquet", "no parquet", r"c\.parquet: "),
@@ -57,6 +65,7 @@ def test_a_parquet_table_without_the_column_says_which(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_no_utf8_are_an_error(tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_bytes(b"video,caption\nx.mp4,caf\xe9\n")
-    with pytest.raises(ValueError, match=r"c\.csv: .*utf-8"):
+    rows = b"".join(b"%d.mp4,a cat\n" % number for number in range(1000))
+    (tmp_path / "c.csv").write_bytes(b"video,caption\n" + rows + b"x.mp4,caf\xe9\n")
+    with pytest.raises(ValueError, match=r"c\.csv: row 1002: .*utf-8"):
         read_captions(tmp_path / "c.csv")
