@@ -152,10 +152,15 @@ def main() -> None:
 
 
 def run(command: click.Command, **options: Any) -> None:
-    """Run `command`; a user's mistake becomes one line on stderr and exit status 2."""
+    """Run `command`; a user's mistake becomes one line on stderr and exit status 2.
+
+    So does what the system says of a file, as that its disk is full.
+    """
     setup_logging()
     try:
         command(**options)
-    except USER_ERRORS as error:
+    except (ValueError, OSError) as error:
+        if not isinstance(error, USER_ERRORS) and error.filename is None:
+            raise
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

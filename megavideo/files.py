@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +28,23 @@ def fsync_dir(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` on success and is removed on error.
 
-    For writers that open the file themselves (safetensors, pyarrow, PyAV).
+    For writers that open the file themselves (safetensors, pyarrow, PyAV). An OSError that names no
+    file, as that of a full disk, is given `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: some writers choose the format by it.
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    # Not by process id: in containers on several nodes the ranks have the same ones.
+    temporary = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(6)}{path.suffix}")
     try:
         yield temporary
         fsync_file(temporary)
         os.replace(temporary, path)
         fsync_dir(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

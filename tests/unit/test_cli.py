@@ -1,12 +1,18 @@
 """The command line as a user meets it: quick help, one-line errors, honest exit codes."""
 
+import errno
+import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import click
 import pytest
 
-from megavideo.cli import COMMANDS
+from megavideo.cli import COMMANDS, run
+from megavideo.files import atomic_write
 
 
 def megavideo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +50,31 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: no configuration file nowhere.yaml")
     assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_is_one_line_and_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def fill() -> None:
+        with atomic_write(tmp_path / "shard.tar"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write(2) says it
+
+    with pytest.raises(SystemExit, match="2"):
+        run(fill, args=[])
+    assert re.fullmatch(
+        r"error: .*No space left on device: .*shard\.tar'\n", capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_system_that_names_no_file_keeps_its_traceback() -> None:
+    @click.command()
+    def lose() -> None:
+        raise ConnectionResetError("a bug, or a network")
+
+    with pytest.raises(ConnectionResetError):
+        run(lose, args=[])
 
 
 def test_an_unknown_command_is_an_error() -> None:
