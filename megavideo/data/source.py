@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Protocol, TypeVar
 from megavideo.data.index import ShardEntry
 from megavideo.data.urls import open_url
 from megavideo.files import atomic_path
-from megavideo.log import log
+from megavideo.log import log, rank
 
 OPEN_FILES = 256
 FIRST_WAIT_S = 0.5
@@ -145,10 +146,23 @@ class FetchedShards:
         self.entries = entries
         self.cache = cache
         self.allow_commands = allow_commands
+        self._warn_of_space()
         self._expected: set[int] = set()
         self._queue: SimpleQueue[int] = SimpleQueue()
         # A daemon, because a pool's threads would fetch all that is queued before the program ends.
         threading.Thread(target=self._fetch_expected, name="fetch", daemon=True).start()
+
+    def _warn_of_space(self) -> None:
+        """A cache that fills up stops the run, perhaps days from now."""
+        paths = map(self._cached, range(len(self.entries)))
+        sizes = [e.bytes for e, path in zip(self.entries, paths, strict=True) if not path.exists()]
+        self.cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.cache).free
+        if sum(sizes) > free and rank() == 0:
+            log.warning(
+                "data.cache=%s has %.1f GB free, the shards that are not in it take %.1f GB: the "
+                "run will stop when it is full", self.cache, free / 1e9, sum(sizes) / 1e9,
+            )  # fmt: skip
 
     def path(self, shard: int) -> Path:
         """The cached copy, fetched now if need be; OSError if the index says otherwise of it."""
@@ -194,14 +208,21 @@ class FetchedShards:
 def fetch(url: str, path: Path, allow_commands: bool) -> tuple[int, str]:
     """Copy what `url` gives to `path`; its size and SHA-256. OSError if it breaks off."""
     size, sha256 = 0, hashlib.sha256()
-    try:
-        with closing(open_url(url, allow_commands)) as stream, open(path, "wb") as file:
-            while data := stream.read(COPY_BYTES):
-                size += file.write(data)
-                sha256.update(data)
-    except HTTPException as error:  # what http.client says of a reply that makes no sense
-        raise OSError(f"{url}: {error!r}") from error
+    with open(path, "wb") as file:
+        for data in _read_url(url, allow_commands):
+            size += file.write(data)
+            sha256.update(data)
     return size, sha256.hexdigest()
+
+
+def _read_url(url: str, allow_commands: bool) -> Iterator[bytes]:
+    """What `url` gives, piece by piece; any error is an OSError that names it."""
+    try:
+        with closing(open_url(url, allow_commands)) as stream:
+            while data := stream.read(COPY_BYTES):
+                yield data
+    except (OSError, HTTPException) as error:  # HTTPException: the reply makes no sense
+        raise OSError(f"{url}: {error!r}") from error
 
 
 def check_name(name: str) -> None:

@@ -2,13 +2,17 @@
 
 import http.server
 import os
+import resource
+import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,6 +104,45 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(server: Server, tmp_pat
     with pytest.raises(OSError, match="503"):
         ShardReader(store, retries=2).read(1, 512, 100)
     assert server.failures == 99 - 3
+
+
+def test_an_error_names_the_url_or_the_file_that_it_is_about(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fetched(server, tmp_path)
+    server.failures = 1
+    with pytest.raises(OSError, match=f"{server.url}/shard-000001.tar.*503"):
+        ShardReader(store, retries=0).read(1, 512, 100)
+    monkeypatch.setattr(source, "COPY_BYTES", 512)
+    with (
+        resource_limit(resource.RLIMIT_FSIZE, 1000),
+        pytest.raises(OSError, match="too large") as e,
+    ):
+        ShardReader(store, retries=0).read(1, 512, 100)
+    assert str(e.value.filename).endswith("-shard-000001.tar")
+
+
+@contextmanager
+def resource_limit(kind: int, soft: int) -> Iterator[None]:
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def test_a_cache_that_is_too_small_is_said_at_the_start(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fetched(server, tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    fetched(server, tmp_path)
+    assert "data.cache" in caplog.text and "will stop when it is full" in caplog.text
 
 
 def test_a_reply_that_breaks_off_is_asked_for_again(server: Server, tmp_path: Path) -> None:
