@@ -49,14 +49,15 @@ def environment(seen: Path, **more: str) -> dict[str, str]:
     return inherited | own | more
 
 
-def hears_ctrl_c() -> None:
-    """A shell starts its background jobs deaf to it, and what is inherited so cannot be trapped."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def hears_all_signals() -> None:
+    """A shell's background job is deaf to Ctrl-C, `nohup`'s to SIGHUP; no trap changes that."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(seen: Path, *line: str, **more: str) -> subprocess.Popen[bytes]:
     """Start a launcher and wait for its worker."""
-    process = subprocess.Popen([*line], env=environment(seen, **more), preexec_fn=hears_ctrl_c)
+    process = subprocess.Popen([*line], env=environment(seen, **more), preexec_fn=hears_all_signals)
     end = time.monotonic() + 20
     while not (seen.exists() and "working" in seen.read_text()):
         assert time.monotonic() < end and process.poll() is None
