@@ -13,11 +13,11 @@ from megavideo.benchmark.step_page import measured, page, picture, with_ratios
 from megavideo.benchmark.worlds import Case, measure_case
 from megavideo.config.command import config_arguments
 from megavideo.config.deepspeed import accumulation_steps, check_schedule
+from megavideo.config.layout_names import Layout, parse_layout
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
 from megavideo.log import progress
 from megavideo.plan.hardware import load_hardware
-from megavideo.verify.layouts import Layout, parse_layout
 
 LAYOUTS = "dp2-zero1 dp2-zero3 tp2 tp2-sp pp2 pp2-vp2"
 
@@ -29,8 +29,9 @@ LAYOUTS = "dp2-zero1 dp2-zero3 tp2 tp2-sp pp2 pp2-vp2"
 )
 @click.option(
     "--layouts", default=LAYOUTS, show_default=True,
-    help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp recompute offload, joined by "
-    "'-'. What a name leaves out is as the configuration has it; sizes are 1.",
+    help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp offload recompute (or "
+    "recompute-attention, -mlp, -none), joined by '-'. What a name leaves out is as the "
+    "configuration has it; sizes are 1.",
 )  # fmt: skip
 @window_options
 @click.option("--deadline", default=600.0, show_default=True, help="Seconds a layout may take.")

@@ -8,7 +8,7 @@ Losses and gradients are ours.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -150,13 +150,17 @@ def _groups(rule: Rule, device: torch.device) -> tuple[Tensor, Tensor]:
 class PublishedBlock(Block):
     """One stream through attention and MLP."""
 
-    def _layer(self, text: Tensor, image: Tensor, text_length: Tensor) -> Streams:
+    def _attention_half(self, streams: Sequence[Tensor], text_length: Tensor) -> list[Tensor]:
+        text, image = streams
         attention = self.attention
         assert isinstance(attention, PublishedAttention)
         new = attention.whole(self.input_norm(image), text_length)
-        image = image + self.attention_norm(new)
+        return [text, image + self.attention_norm(new)]
+
+    def _mlp_half(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        text, image = streams
         (new,) = self.mlp(self.mlp_norm(image))
-        return text, image + self.mlp_output_norm(new), text_length
+        return [text, image + self.mlp_output_norm(new)]
 
 
 class PublishedHead(Head):

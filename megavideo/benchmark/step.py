@@ -18,6 +18,7 @@ import torch
 from megavideo.benchmark.harness import environment, measure_ceilings
 from megavideo.benchmark.published import published
 from megavideo.config.deepspeed import accumulation_steps
+from megavideo.config.layout_names import layout_name
 from megavideo.config.schema import Config
 from megavideo.data.batch import Batch
 from megavideo.engine.build import build_engine
@@ -182,7 +183,7 @@ def row(
     settings = config.model_dump(mode="json")
     return {
         "contender": contender,
-        "layout": _layout(config, world),
+        "layout": layout_name(layout, world.mesh.dp.size),
         "processes": world.size,
         "micro_batch": recipe.micro_batch,
         "micro_batches": micro_batches,
@@ -213,9 +214,8 @@ def speeds(config: Config, world: World, contender: str, peak: Peak, seconds: fl
 
 def published_flops(config: Config) -> int:
     """That the published step executes for a sample, recomputation included."""
-    work = published_work(config.model, config.recipe)
-    again = sum(part.forward for part in work if part.part != "head")
-    return sum(part.total for part in work) + again * (config.parallel.recompute == "layer")
+    work = published_work(config.model, config.recipe, config.parallel.recompute)
+    return sum(part.total + part.again for part in work)
 
 
 def _skew(splits: list[dict[str, float]]) -> Row:
@@ -223,16 +223,6 @@ def _skew(splits: list[dict[str, float]]) -> Row:
     busy = [split["forward"] + split["backward"] for split in splits]
     slowest = max(range(len(busy)), key=lambda rank: busy[rank])
     return {"slowest_rank": slowest, "slowest_over_mean": busy[slowest] / mean(busy)}
-
-
-def _layout(config: Config, world: World) -> str:
-    layout, mesh = config.parallel, world.mesh
-    parts = [f"pp{layout.pp}", f"tp{layout.tp}", f"dp{mesh.dp.size}"]
-    named = [part for part in parts if not part.endswith("1")]
-    named += [f"vp{layout.virtual_stages}"] * (layout.virtual_stages > 1)
-    named += [f"zero{layout.zero}"] + ["sp"] * layout.sequence_parallel
-    named += ["recompute"] * (layout.recompute == "layer") + ["offload"] * layout.offload_optimizer
-    return "-".join(named)
 
 
 def _context(world: World) -> Row:

@@ -16,6 +16,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Stage = Literal["image", "keyframes", "interpolation"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Recompute = Literal["none", "mlp", "attention", "layer"]
 
 
 class Section(BaseModel):
@@ -219,8 +220,10 @@ class ParallelConfig(Section):
         False,
         description="keep optimizer state and float32 weights in host memory and update them there",
     )
-    recompute: Literal["none", "layer"] = Field(
-        "layer", description="activation checkpointing: keep all activations, or only layer inputs"
+    recompute: Recompute = Field(
+        "layer",
+        description="activation checkpointing: what of each layer the backward pass computes again "
+        "instead of keeping it; mlp and attention are its halves, each with its two norms",
     )
     reduce_bucket: Count = Field(100_000_000, description="elements per gradient-reduction bucket")
 

@@ -4,13 +4,17 @@ x = x + attention_norm(attention(input_norm(x)))
 x = x + mlp_output_norm(mlp(mlp_norm(x)))
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megavideo.config.schema import Recompute
 from megavideo.layout.rules import Rule
 from megavideo.model.attention import DualAttention
 from megavideo.model.layers import MLP, LayerNorm, Streams
+from megavideo.model.recompute import SPANS, Sublayer
 from megavideo.parallel.region import Region
 
 
@@ -20,8 +24,8 @@ class Block(nn.Module):
     Both streams are computed together, so that over tensor-parallel ranks attention and MLP cost
     one collective each, forward and backward.
 
-    With `recompute`, only the layer's inputs are kept for the backward pass. Text is then computed
-    again too, although it needs no gradient: 3 % of a layer's forward work.
+    Of the halves that `recompute` names, only the inputs are kept for the backward pass. Text is
+    then computed again too, although it needs no gradient: 3 % of a layer's forward work.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class Block(nn.Module):
         hidden_dropout: float,
         attention_dropout: float,
         norm_eps: float,
-        recompute: bool,
+        recompute: Recompute,
         region: Region,
     ):
         super().__init__()
@@ -45,17 +49,31 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(hidden, norm_eps, region)
         self.mlp = MLP(hidden, hidden_dropout, region)
         self.mlp_output_norm = LayerNorm(hidden, norm_eps, region)
-        self.recompute = recompute
+        self.spans = SPANS[recompute]
 
     def forward(self, streams: Streams) -> Streams:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, *streams, use_reentrant=False)
-        return self._layer(*streams)
+        for span in self.spans:
+            if span.again and torch.is_grad_enabled():
+                streams = checkpoint(self._through, span.sublayers, *streams, use_reentrant=False)
+            else:
+                streams = self._through(span.sublayers, *streams)
+        return streams
 
-    def _layer(self, text: Tensor, image: Tensor, text_length: Tensor) -> Streams:
+    def _through(
+        self, sublayers: Sequence[Sublayer], text: Tensor, image: Tensor, text_length: Tensor
+    ) -> Streams:
         streams = [text, image] if text.shape[1] else [image]  # a step of generation has no text
-        attention = self.attention([self.input_norm(x) for x in streams], text_length)
-        streams = [x + self.attention_norm(a) for x, a in zip(streams, attention, strict=True)]
-        mlp = self.mlp(*(self.mlp_norm(x) for x in streams))
-        streams = [x + self.mlp_output_norm(m) for x, m in zip(streams, mlp, strict=True)]
+        for sublayer in sublayers:
+            if sublayer == "attention":
+                streams = self._attention_half(streams, text_length)
+            else:
+                streams = self._mlp_half(streams)
         return streams[0] if text.shape[1] else text, streams[-1], text_length
+
+    def _attention_half(self, streams: Sequence[Tensor], text_length: Tensor) -> list[Tensor]:
+        attention = self.attention([self.input_norm(x) for x in streams], text_length)
+        return [x + self.attention_norm(a) for x, a in zip(streams, attention, strict=True)]
+
+    def _mlp_half(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        mlp = self.mlp(*(self.mlp_norm(x) for x in streams))
+        return [x + self.mlp_output_norm(m) for x, m in zip(streams, mlp, strict=True)]

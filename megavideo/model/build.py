@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from megavideo.config.schema import ModelConfig, RecipeConfig
+from megavideo.config.schema import ModelConfig, RecipeConfig, Recompute
 from megavideo.layout.grid import Grid
 from megavideo.layout.rules import loss_frames, spatial_rule, temporal_rule
 from megavideo.model.block import Block
@@ -21,7 +21,7 @@ def stage_grid(model: ModelConfig, stage: str) -> Grid:
 def layer_list(
     model: ModelConfig,
     recipe: RecipeConfig,
-    recompute: str = "none",
+    recompute: Recompute = "none",
     mesh: Mesh = SINGLE,
     sequence_parallel: bool = False,
 ) -> list[nn.Module]:
@@ -63,7 +63,7 @@ def _block(
     grid: Grid,
     model: ModelConfig,
     recipe: RecipeConfig,
-    recompute: str,
+    recompute: Recompute,
     region: Region,
 ) -> Block:
     video = recipe.stage != "image"
@@ -76,7 +76,7 @@ def _block(
         recipe.hidden_dropout,
         recipe.attention_dropout,
         model.norm_eps,
-        recompute == "layer",
+        recompute,
         region,
     )
 
@@ -84,7 +84,7 @@ def _block(
 def build_model(
     model: ModelConfig,
     recipe: RecipeConfig,
-    recompute: str = "none",
+    recompute: Recompute = "none",
     mesh: Mesh = SINGLE,
     sequence_parallel: bool = False,
 ) -> nn.Sequential:

@@ -10,14 +10,16 @@ only. With one, it is what a machine executes: whole tiles of attention, and wha
     HFU             executed work, recomputation included
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import prod
 
-from megavideo.config.schema import ModelConfig, RecipeConfig, Stage
+from megavideo.config.schema import ModelConfig, RecipeConfig, Recompute, Stage
 from megavideo.layout.rules import Rule, loss_frames, spatial_rule, temporal_rule
 from megavideo.layout.tiles import Attention, attention_products
 from megavideo.model.build import stage_grid
+from megavideo.model.recompute import Sublayer, computed_again
 from megavideo.model.table import ParameterRow, parameter_table
 
 
@@ -60,7 +62,7 @@ class Execution:
     """
 
     attention: Attention = "visible"
-    recompute: str = "none"
+    recompute: Recompute = "none"
 
 
 USEFUL = Execution()
@@ -120,27 +122,39 @@ def _block_work(
 ) -> tuple[Work, ...]:
     grid, h = stage_grid(model, stage), model.hidden
     base_trains = stage == "image"
-    spatial = spatial_rule(grid, stage)
     # Of the last block's text, only keys and values reach the loss.
     text_goes_on = base_trains and layer < model.layers - 1
-    work = [
+    spatial = spatial_rule(grid, stage)
+    attention = [
         _linear("text stream", grid.text, 3 * h * h, base_trains, base_trains)
-        + _linear("text stream", grid.text, 9 * h * h, text_goes_on, text_goes_on),
+        + _linear("text stream", grid.text, h * h, text_goes_on, text_goes_on),
         _text_attention(grid.text, h, text_goes_on),
-        _linear("image stream", grid.image_tokens, 12 * h * h, True, base_trains),
+        _linear("image stream", grid.image_tokens, 4 * h * h, True, base_trains),
         _image_attention("spatial attention", spatial, grid.text, model, execution, base_trains),
     ]
     if not base_trains:
         rule = temporal_rule(grid, stage, window, layer)
-        work += [
+        attention += [
             _linear("temporal on images", grid.image_tokens, 4 * h * h, True, True),
             _linear("temporal on text", grid.text, 2 * h * h, False, True),
             _image_attention("temporal attention", rule, grid.text, model, execution, True),
         ]
-    if execution.recompute == "none":
-        return tuple(work)
-    # Frozen text too, although it has no backward pass: see block.py.
-    return tuple(_done_again(part) for part in work)
+    mlp = [
+        _linear("text stream", grid.text, 8 * h * h, text_goes_on, text_goes_on),
+        _linear("image stream", grid.image_tokens, 8 * h * h, True, base_trains),
+    ]
+    recompute = execution.recompute
+    return (*done_again(attention, "attention", recompute), *done_again(mlp, "mlp", recompute))
+
+
+def done_again(work: Sequence[Work], sublayer: Sublayer, recompute: Recompute) -> list[Work]:
+    """Work of a sublayer, with what `recompute` does twice.
+
+    Frozen text too, although it has no backward pass: see block.py.
+    """
+    if sublayer not in computed_again(recompute):
+        return list(work)
+    return [replace(part, again=part.forward) for part in work]
 
 
 def num_parameters(model: ModelConfig, recipe: RecipeConfig) -> int:
@@ -152,10 +166,6 @@ def num_parameters(model: ModelConfig, recipe: RecipeConfig) -> int:
 def cached_table(model: ModelConfig, base: bool) -> list[ParameterRow]:
     """The table of a base's or of a video model; nothing else in a recipe matters to it."""
     return parameter_table(model, RecipeConfig(stage="image" if base else "keyframes", steps=1))
-
-
-def _done_again(work: Work) -> Work:
-    return replace(work, again=work.forward)
 
 
 def _linear(part: str, rows: int, weights: int, input_gradient: bool, trains: bool) -> Work:

@@ -10,7 +10,7 @@ With virtual stages, a rank holds several runs: rank r of P holds runs r, r + P,
 from collections.abc import Sequence
 from functools import cache
 
-from megavideo.config.schema import ModelConfig, ParallelConfig, RecipeConfig
+from megavideo.config.schema import ModelConfig, ParallelConfig, RecipeConfig, Recompute
 from megavideo.model.flops import Execution, layer_work
 
 Run = range
@@ -28,7 +28,7 @@ def partition(model: ModelConfig, recipe: RecipeConfig, parallel: ParallelConfig
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
-def layer_costs(model: ModelConfig, recipe: RecipeConfig, recompute: str) -> list[int]:
+def layer_costs(model: ModelConfig, recipe: RecipeConfig, recompute: Recompute) -> list[int]:
     """FLOPs of training one sample, layer by layer, recomputation included."""
     layers = layer_work(model, recipe, Execution(recompute=recompute))
     return [sum(work.total + work.again for work in layer) for layer in layers]

@@ -14,6 +14,7 @@ from megavideo.config.schema import Config
 from megavideo.layout.render import blocks
 from megavideo.layout.rules import Rule, loss_frames, spatial_rule, temporal_rule
 from megavideo.model.build import stage_grid
+from megavideo.model.recompute import SPANS, Sublayer
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FLOAT32 = 4
@@ -70,12 +71,16 @@ class Ledger:
         return Kept(self._dropout(slots) + indices, 0)
 
     def block(self, layer: int) -> Kept:
-        """A block's, whole or, recomputed, its inputs alone."""
-        whole = self._block(layer)
-        if self.parallel.recompute == "none":
-            return Kept(whole, 0)
+        """A block's: of what is computed again, the inputs alone."""
+        kept = working = 0
         inputs = self._states(self.grid.sequence, self.outside)
-        return Kept(inputs, whole - self._states(self.grid.image_tokens, self.outside))
+        differentiated = self.grid.sequence if self.base_trains else self.grid.image_tokens
+        for span in SPANS[self.parallel.recompute]:
+            whole = sum(self._sublayer(name, layer) for name in span.sublayers)
+            kept += inputs if span.again else whole
+            if span.again:  # the first norm keeps its input, which is there already
+                working = max(working, whole - self._states(differentiated, self.outside))
+        return Kept(kept, working)
 
     def head(self) -> Kept:
         """The last LayerNorm's input, and log-probabilities in float32.
@@ -95,32 +100,38 @@ class Ledger:
         """States that a pipeline stage sends on, kept until their gradient has come back."""
         return self._states(self.grid.sequence, self.outside)
 
-    def _block(self, layer: int) -> int:
+    def _sublayer(self, sublayer: Sublayer, layer: int) -> int:
+        """Of a sublayer that is not computed again."""
+        if sublayer == "attention":
+            return self._attention_half(layer) + (self._text_half(layer) if self.base_trains else 0)
+        text_goes_on = self.base_trains and layer < self.model.layers - 1
+        of_text = self._mlp_half(self.grid.text) if text_goes_on else 0
+        return self._mlp_half(self.grid.image_tokens) + of_text
+
+    def _attention_half(self, layer: int) -> int:
+        """The norm before attention, both channels on images, and the norm behind it."""
         grid, recipe = self.grid, self.recipe
-        image = grid.image_tokens
+        image, text_stays = grid.image_tokens, self._keeps_text_attention(layer)
         spatial = spatial_rule(grid, recipe.stage)
-        kept = self._norm(image) + self._attention(spatial, trained=self.keeps_inputs)
+        kept = self._norm(image) + self._attention(spatial, self.keeps_inputs, text_stays)
         if not self.base_trains:
             rule = temporal_rule(grid, recipe.stage, recipe.window, layer)
-            kept += self._entered(grid.sequence) + self._attention(rule, trained=True)
+            kept += self._entered(grid.sequence) + self._attention(rule, True, text_stays)
             kept += 2 * self._states(image)  # both channels' outputs, which the mixture weighs
         else:
-            kept += self._entered(image) + self._base_text(layer)
-        return kept + self._branch(image) + self._mlp(image)
+            kept += self._entered(image)
+        return kept + self._norm(self._left(image))
 
-    def _branch(self, slots: int) -> int:
-        """After attention: the norms of its output and of the new residual stream."""
-        return self._norm(self._left(slots)) + self._norm(slots)
-
-    def _mlp(self, slots: int) -> int:
-        kept = self._states(slots, self.tp) * 4  # of GELU
+    def _mlp_half(self, slots: int) -> int:
+        """The norm before the MLP, GELU, and the norm behind it."""
+        kept = self._norm(slots) + self._states(slots, self.tp) * 4  # of GELU
         if self.keeps_inputs:
             kept += self._entered(slots) + 4 * self._states(slots, self.tp)
         if self.recipe.hidden_dropout:
             return kept + self._dropout(slots) + self._norm(slots)
         return kept + self._norm(self._left(slots))
 
-    def _attention(self, rule: Rule, trained: bool) -> int:
+    def _attention(self, rule: Rule, trained: bool, text_stays: bool) -> int:
         """Of one channel on images: packed projections, log-sum-exp, and what the backend adds."""
         image, text = self.grid.image_tokens, self.grid.text
         # Frozen text's keys and values are a view of its packed queries, keys and values.
@@ -132,7 +143,7 @@ class Ledger:
         if self.attention == "library":
             return kept + (0 if trained else out)
         if self.attention == "sdpa":
-            copied = 0 if self.base_trains else of_text  # trained text keeps its own as well
+            copied = 0 if text_stays else of_text
             return kept + self._sdpa(rule) + out - copied - packed
         return kept
 
@@ -143,15 +154,24 @@ class Ledger:
         masks = sum(n * (text + n) for n in sizes) * self.element
         return 3 * self._states(self.grid.image_tokens, self.tp) + keys + masks
 
-    def _base_text(self, layer: int) -> int:
-        """The text stream where it is trained; of the last layer only keys and values matter."""
+    def _text_half(self, layer: int) -> int:
+        """The attention half of trained text."""
         text = self.grid.text
         kept = self._norm(text) + self._entered(text)
-        if layer == self.model.layers - 1:
+        if not self._keeps_text_attention(layer):
             return kept
         statistics = text * self.model.heads // self.tp * FLOAT32
-        kept += self._states(text, self.tp) + statistics + text * text * self.element
-        return kept + self._branch(text) + self._mlp(text)
+        kept += self._states(text, self.tp) + statistics + text * self.element  # the mask
+        return kept + self._norm(self._left(text))
+
+    def _keeps_text_attention(self, layer: int) -> bool:
+        """Whether text is trained and more of it matters than keys and values.
+
+        Not in the last layer; but an MLP half that is computed again keeps the text that enters it,
+        and so everything that it came from.
+        """
+        last = layer == self.model.layers - 1
+        return self.base_trains and (not last or self.parallel.recompute == "mlp")
 
     def _entered(self, slots: int) -> int:
         """A trained linear's input inside a region: all slots."""

@@ -1,13 +1,18 @@
 """Which layers lie on which pipeline rank, computed once for all layouts that agree on it."""
 
 from functools import lru_cache
-from typing import Literal
 
-from megavideo.config.schema import Config, ModelConfig, ParallelConfig, RecipeConfig, Stage
+from megavideo.config.schema import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    RecipeConfig,
+    Recompute,
+    Stage,
+)
 from megavideo.model.partition import partition, runs_of_rank
 
 Runs = tuple[range, ...]
-Recompute = Literal["none", "layer"]
 
 
 def runs_of(config: Config) -> Runs:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from megavideo.config.deepspeed import check_precision
+from megavideo.config.layout_names import layout_name
 from megavideo.config.schema import Config, ParallelConfig
 from megavideo.plan.hardware import Hardware
 from megavideo.plan.predict import GIB, Prediction, Predictor, replicas
@@ -73,15 +74,6 @@ def search(config: Config, gpus: int, hardware: Hardware) -> Search:
 
 def _order(candidate: Candidate) -> tuple[float, int]:
     return candidate.prediction.step_s, candidate.prediction.fullest.total
-
-
-def layout_name(parallel: ParallelConfig, dp: int) -> str:
-    """Sizes above one, then switches."""
-    sizes = {"pp": parallel.pp, "tp": parallel.tp, "dp": dp, "vp": parallel.virtual_stages}
-    parts = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
-    parts += ["sp"] if parallel.sequence_parallel else []
-    parts += [f"zero{parallel.zero}"]
-    return "-".join([*parts, *(["recompute"] if parallel.recompute == "layer" else [])])
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[dict[str, object]]:

@@ -6,6 +6,7 @@ by messages and bytes over the slowest link that a group crosses, with ring algo
 assumed to be hidden but most of what ZeRO 3 gathers (predict.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -16,6 +17,7 @@ from megavideo.layout.rules import loss_frames
 from megavideo.layout.tiles import Attention
 from megavideo.model.build import stage_grid
 from megavideo.model.flops import Execution, block_work, cached_table
+from megavideo.model.recompute import SPANS, Sublayer, computed_again
 from megavideo.plan.activations import ELEMENT_BYTES
 from megavideo.plan.hardware import Hardware, Link
 from megavideo.plan.memory import layer_parameters
@@ -113,44 +115,51 @@ class LayerTimes:
         by_kind = {kind: self._block(kinds.index(kind)) for kind in dict.fromkeys(kinds)}
         return [self._embedding(), *(by_kind[kind] for kind in kinds), self._head()]
 
-    def products(self) -> list[Product]:
-        """The linear layers of a block."""
-        h, tp, b = self.config.model.hidden, self.parallel.tp, self.samples
-        shapes = [(3 * h // tp, h), (h, h // tp), (4 * h // tp, h), (h, 4 * h // tp)]
-        trained = self.base_trains
-        found = [Product(b * self.grid.text, *shape, trained, trained) for shape in shapes]
-        found += [Product(b * self.grid.image_tokens, *shape, True, trained) for shape in shapes]
-        if not trained:
-            images = b * self.grid.image_tokens
-            found += [Product(images, *shape, True, True) for shape in shapes[:2]]
-            found.append(Product(b * self.grid.text, 2 * h // tp, h, False, True))
+    def products(self, sublayer: Sublayer) -> list[Product]:
+        """The linear layers of half a block."""
+        h, tp, trained = self.config.model.hidden, self.parallel.tp, self.base_trains
+        text, images = (self.samples * n for n in (self.grid.text, self.grid.image_tokens))
+        if sublayer == "mlp":
+            shapes = [(4 * h // tp, h), (h, 4 * h // tp)]
+        else:
+            shapes = [(3 * h // tp, h), (h, h // tp)]
+        found = [Product(text, *shape, trained, trained) for shape in shapes]
+        found += [Product(images, *shape, True, trained) for shape in shapes]
+        if sublayer == "attention" and not trained:
+            found += [Product(images, *shape, True, True) for shape in shapes]
+            found.append(Product(text, 2 * h // tp, h, False, True))
         return found
 
     def _block(self, layer: int) -> Seconds:
-        overhead = self.hardware.overhead
-        forward = sum(self._product(p, "forward") for p in self.products())
-        backward = sum(self._product(p, "backward") for p in self.products())
-        forward += self._attention(layer, "forward") + self._pointwise("forward")
-        backward += self._attention(layer, "backward") + self._pointwise("backward")
-        forward = self._with_program(forward, overhead.layer_forward_ms)
-        backward = self._with_program(backward, overhead.layer_backward_ms)
-        again = forward if self.parallel.recompute != "none" else 0.0
-        tp = self._regions(self.grid.sequence)
+        forward = {name: self._device(name, layer, "forward") for name in PROGRAM_SHARE}
+        backward = {name: self._device(name, layer, "backward") for name in PROGRAM_SHARE}
+        overhead, recompute = self.hardware.overhead, self.parallel.recompute
+        again = [span.sublayers for span in SPANS[recompute] if span.again]
+        differentiated = self.grid.sequence if self.base_trains else self.grid.image_tokens
+        region = self._region(self.grid.sequence)
         return Seconds(
-            forward,
-            backward,
-            again,
-            tp,
-            self._regions(self.grid.sequence if self.base_trains else self.grid.image_tokens)
-            + (tp if again else 0.0),
+            self._with_program(forward, overhead.layer_forward_ms),
+            self._with_program(backward, overhead.layer_backward_ms),
+            sum(
+                self._with_program({s: forward[s] for s in span}, overhead.layer_forward_ms)
+                for span in again
+            ),
+            len(forward) * region,
+            len(forward) * self._region(differentiated) + len(computed_again(recompute)) * region,
         )
+
+    def _device(self, sublayer: Sublayer, layer: int, direction: Direction) -> float:
+        """Seconds of half a block's arithmetic."""
+        seconds = sum(self._product(product, direction) for product in self.products(sublayer))
+        if sublayer == "attention":
+            seconds += self._attention(layer, direction)
+        return seconds + self._pointwise(sublayer, direction)
 
     def _embedding(self) -> Seconds:
         """Looking up words and positions, and summing over ranks what each has of the words."""
         states = self.samples * self.grid.sequence * self.config.model.hidden * self.element
         forward = 4 * states / self.hardware.bytes_per_s("copy")
-        tp = self._region(states) if self.parallel.tp > 1 else 0.0
-        return Seconds(forward, forward / 2, 0.0, tp)
+        return Seconds(forward, forward / 2, 0.0, self._region(self.grid.sequence))
 
     def _head(self) -> Seconds:
         """Logits of image codes at loss-carrying slots, and their cross-entropy in float32."""
@@ -161,9 +170,8 @@ class LayerTimes:
         logits = self.samples * slots * columns
         forward = self._product(product, "forward") + self._loss(logits, "forward")
         backward = self._product(product, "backward") + self._loss(logits, "backward")
-        states = self.samples * self.grid.image_tokens * model.hidden * self.element
         tp = self.machine.all_reduce(self.parallel.tp, 1, 12 * self.samples * slots)
-        return Seconds(forward, backward, 0.0, tp, self._region(states))
+        return Seconds(forward, backward, 0.0, tp, self._region(self.grid.image_tokens))
 
     def _product(self, product: Product, direction: Direction) -> float:
         m, n, k = product.rows, product.columns, product.depth
@@ -184,8 +192,8 @@ class LayerTimes:
         rate = self.hardware.attention_tflops[direction] * 1e12
         return flops * self.samples / self.parallel.tp / rate
 
-    def _pointwise(self, direction: Direction) -> float:
-        """Four LayerNorms and two residual sums outside regions, GELU and the mixture inside."""
+    def _pointwise(self, sublayer: Sublayer, direction: Direction) -> float:
+        """Two LayerNorms and a residual sum outside regions; GELU or the mixture inside."""
         h, e, b = self.config.model.hidden, self.element, self.samples
         outside = self.parallel.tp if self.parallel.sequence_parallel else 1
         seconds = 0.0
@@ -197,14 +205,14 @@ class LayerTimes:
                 continue
             states = b * slots * h * e
             counts = FORWARD_STATES if direction == "forward" else BACKWARD_STATES
-            for operation, count in counts.items():
+            for operation, part in POINTWISE[sublayer].items():
                 if operation == "dropout" and not self.config.recipe.hidden_dropout:
                     continue
                 if operation == "mix" and (self.base_trains or slots == self.grid.text):
                     continue
                 parts = {"gelu": self.parallel.tp, "mix": 1}.get(operation, outside)
                 name = operation if direction == "forward" else f"{operation}_backward"
-                seconds += count * states / parts / self._rate(name)
+                seconds += part * counts[operation] * states / parts / self._rate(name)
         return seconds
 
     def _loss(self, logits: int, direction: Direction) -> float:
@@ -214,25 +222,29 @@ class LayerTimes:
     def _rate(self, operation: str) -> float:
         return self.hardware.bytes_per_s(operation)
 
-    def _with_program(self, device: float, program_ms: float) -> float:
-        """A GPU works while the program runs ahead, a CPU cannot."""
-        program = program_ms * 1e-3
-        return max(device, program) if self.hardware.kind == "gpu" else device + program
+    def _with_program(self, device: Mapping[Sublayer, float], block_ms: float) -> float:
+        """Seconds of halves of a block: a GPU works while the program runs ahead, a CPU cannot."""
+        seconds = sum(device.values())
+        program = block_ms * 1e-3 * sum(PROGRAM_SHARE[sublayer] for sublayer in device)
+        return max(seconds, program) if self.hardware.kind == "gpu" else seconds + program
 
-    def _regions(self, slots: int) -> float:
-        """Attention's and the MLP's collectives in one direction."""
-        states = self.samples * slots * self.config.model.hidden * self.element
-        return 2 * self._region(states)
-
-    def _region(self, payload: float) -> float:
+    def _region(self, slots: int) -> float:
         """One sum over ranks: an all-reduce, or an all-gather and a reduce-scatter."""
-        return self.machine.all_reduce(self.parallel.tp, 1, payload)
+        states = self.samples * slots * self.config.model.hidden * self.element
+        return self.machine.all_reduce(self.parallel.tp, 1, states)
 
+
+# What each half has of a block's program, as counted on a CPU at sizes that compute nothing.
+PROGRAM_SHARE: dict[Sublayer, float] = {"attention": 0.8, "mlp": 0.2}
 
 # States [slots, h] that pointwise operations read and write: e bytes each (GELU has four of them).
 FORWARD_STATES = {"layer_norm": 8, "copy": 6, "gelu": 8, "mix": 3, "dropout": 2.5}
 BACKWARD_STATES = {"layer_norm": 12, "copy": 9, "gelu": 12, "mix": 10, "dropout": 2.5}
-
+# What each half has of them.
+POINTWISE: dict[Sublayer, dict[str, float]] = {
+    "attention": {"layer_norm": 0.5, "copy": 0.5, "mix": 1.0},
+    "mlp": {"layer_norm": 0.5, "copy": 0.5, "gelu": 1.0, "dropout": 1.0},
+}
 
 # Bytes that cast, softmax and loss in float32 read and write for each logit.
 LOGIT_BYTES: dict[Direction, int] = {"forward": 20, "backward": 12}

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megavideo.config.layout_names import Layout
 from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.launch import run_world
@@ -22,7 +23,6 @@ from megavideo.engine.world import join_world
 from megavideo.log import setup_logging
 from megavideo.model.build import stage_grid
 from megavideo.verify.golden import Golden
-from megavideo.verify.layouts import Layout
 from megavideo.verify.made_up import batch_at, micro_batches
 
 # SGD without clipping shows a wrong scale of any gradient; AdamW and clipping, which hide scales,

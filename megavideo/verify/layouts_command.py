@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from megavideo.config.command import config_arguments
+from megavideo.config.layout_names import Layout, parse_layout
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
 from megavideo.engine.errors import RunFailed
@@ -22,7 +23,6 @@ from megavideo.verify.layout_runs import (
     layout_traces,
     variant,
 )
-from megavideo.verify.layouts import Layout, parse_layout
 
 LAYOUTS = "tp2 pp2 tp2-sp pp2-tp2 pp2-vp2 dp2-zero2 dp4-zero3 pp2-tp2-dp2-zero1"
 # Sections that a configuration must have and this command does not read.
@@ -55,8 +55,9 @@ class Row:
 @config_arguments
 @click.option(
     "--layouts", default=LAYOUTS, show_default=True,
-    help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp recompute offload, joined by "
-    "'-'. What a name leaves out is as the configuration has it; sizes are 1.",
+    help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp offload recompute (or "
+    "recompute-attention, -mlp, -none), joined by '-'. What a name leaves out is as the "
+    "configuration has it; sizes are 1.",
 )  # fmt: skip
 @click.option("--steps", default=3, show_default=True, help="Optimizer steps to compare.")
 @click.option("--batch", default=8, show_default=True, help="Samples a step.")

@@ -26,8 +26,8 @@ Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 SLOTS: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
 IMAGE = {"stage": "image"}
 ON_TWO: list[Case] = [
-    ({}, SGD, {"tp": 2, "zero": 0}),
-    ({}, ADAMW, {"tp": 2, "zero": 1}),
+    ({}, SGD, {"tp": 2, "zero": 0, "recompute": "mlp"}),
+    ({}, ADAMW, {"tp": 2, "zero": 1, "recompute": "attention"}),
     ({}, ADAMW, SLOTS | {"zero": 1, "recompute": "layer"}),
     (IMAGE, ADAMW, SLOTS | {"zero": 2}),
 ]

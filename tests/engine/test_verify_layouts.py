@@ -18,7 +18,7 @@ def run(*arguments: str) -> Result:
 
 def test_layouts_of_every_kind_train_like_one_process(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
-    layouts = "dp2-zero3 tp2-sp pp2-vp2"
+    layouts = "dp2-zero3-recompute-attention tp2-sp-recompute-mlp pp2-vp2"
     result = run("--set", "model.layers=4", "--layouts", layouts, "--json", str(rows))
     assert result.exit_code == 0, result.output
     assert "3 layouts compared with one process, 0 out of tolerance" in result.output

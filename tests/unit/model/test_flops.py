@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megavideo.config.schema import Config
+from megavideo.config.schema import Config, Recompute
 from megavideo.engine.objective import Objective
 from megavideo.layout.grid import Grid
 from megavideo.layout.rules import Rule, spatial_rule, temporal_rule
@@ -21,6 +21,7 @@ from megavideo.model.flops import (
 from megavideo.model.init import initialise
 from megavideo.model.places import places
 from megavideo.model.published_flops import published_work
+from megavideo.model.recompute import SPANS
 from megavideo.model.trainable import mark_trainable
 from megavideo.verify.made_up import batch_at
 from tests.unit.model.test_model import config
@@ -44,7 +45,7 @@ def test_the_published_codes_flops_are_exact(recipe: str, window: int) -> None:
     assert (forward, backward) == PUBLISHED[recipe, window]
 
 
-def counted_by_torch(settings: Config, recompute: str) -> int:
+def counted_by_torch(settings: Config, recompute: Recompute) -> int:
     """FLOPs of one sample's forward and backward that pass torch's dispatcher."""
     model = build_model(settings.model, settings.recipe, recompute)
     parameters = canonical_parameters(model)
@@ -59,9 +60,9 @@ def counted_by_torch(settings: Config, recompute: str) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("recompute", SPANS)
 @pytest.mark.parametrize("recipe", ["demo-base", "demo-stage1", "demo-stage2"])
-def test_executed_flops_are_what_torch_counts(recipe: str, recompute: str) -> None:
+def test_executed_flops_are_what_torch_counts(recipe: str, recompute: Recompute) -> None:
     """Plain products keep the scores, of which fused attention computes one product again."""
     settings = config("demo", recipe, *SMALL)
     execution = Execution("blocks", recompute)

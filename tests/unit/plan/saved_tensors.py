@@ -49,7 +49,7 @@ def saved_bytes(config: Config, attention: str, device: str = "meta") -> int:
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:
-        entry = _Held(tensor)
+        entry = _Held(tensor.detach())  # a node that holds its own output would live for ever
         held.add(entry)
         return entry
 

@@ -28,6 +28,20 @@ def planned(attention: str, model: str, recipe: str, *settings: str) -> int:
             ("parallel.recompute=none", "parallel.tp=8", "parallel.sequence_parallel=true"),
         ),
         ("stage1", "library", ("parallel.recompute=layer",)),
+        ("stage1", "library", ("parallel.recompute=mlp",)),
+        ("stage2", "library", ("parallel.recompute=attention", "recipe.hidden_dropout=0.0")),
+        ("stage1", "library", ("parallel.recompute=mlp", "parallel.tp=2")),
+        ("stage1", "library", ("parallel.recompute=attention", "parallel.tp=2")),
+        (
+            "stage2",
+            "library",
+            ("parallel.recompute=mlp", "parallel.tp=8", "parallel.sequence_parallel=true"),
+        ),
+        (
+            "stage1",
+            "library",
+            ("parallel.recompute=attention", "parallel.tp=4", "parallel.sequence_parallel=true"),
+        ),
         (
             "stage1",
             "library",
@@ -44,11 +58,28 @@ def test_activations_of_the_published_sizes_are_those_that_autograd_keeps(
 
 
 @pytest.mark.parametrize("recipe", ["demo-base", "demo-stage1", "demo-stage2"])
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize(
+    ("attention", "recompute"),
+    [("sdpa", "none"), ("reference", "none"), ("sdpa", "mlp"), ("reference", "attention")],
+)
 def test_activations_of_the_demo_on_a_cpu_are_those_that_autograd_keeps(
-    recipe: str, attention: str
+    recipe: str, attention: str, recompute: str
 ) -> None:
     """On a CPU, because torch's fused attention of text does not exist on the meta device."""
-    case = ("demo", recipe, "parallel.recompute=none", "recipe.micro_batch=2")
+    case = ("demo", recipe, f"parallel.recompute={recompute}", "recipe.micro_batch=2")
     counted = saved_bytes(config(*case), attention, device="cpu")
     assert planned(attention, *case) == pytest.approx(counted, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("cut", [(), ("parallel.tp=2", "parallel.sequence_parallel=true")])
+def test_what_is_computed_again_is_what_recomputation_did_not_keep(cut: tuple[str, ...]) -> None:
+    """In one layer at a time: its own part, less the image states that are there already."""
+    case = ("cogvideo-9b", "stage1", *FULL, *cut)
+    all_kept = saved_bytes(config(*case, "parallel.recompute=none"), "library")
+    for recompute in ("mlp", "attention", "layer"):
+        settled = config(*case, f"parallel.recompute={recompute}")
+        ledger = Ledger(settled, "library", on_gpu=False)
+        layers, samples = settled.model.layers, settled.recipe.micro_batch
+        dropped = (all_kept - saved_bytes(settled, "library")) / layers / samples
+        frozen_text = settled.model.text_slots * settled.model.hidden * 2 // settled.parallel.tp
+        assert ledger.block(0).working == pytest.approx(dropped + frozen_text, rel=TOLERANCE)

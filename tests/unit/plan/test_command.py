@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from megavideo.config.layout_names import parse_layout
 from megavideo.config.load import load_config
 from megavideo.plan.command import UNUSED, main
 from megavideo.plan.hardware import load_hardware
 from megavideo.plan.search import search
-from megavideo.verify.layouts import parse_layout
 from tests.unit.model.test_model import CONFIGS, config
 
 ROOT = Path(__file__).parents[3]

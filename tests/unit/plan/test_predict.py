@@ -18,7 +18,8 @@ def predicted(world: int, *settings: str, hardware: Hardware = H100) -> Predicti
 def test_products_are_the_linear_work_of_a_block() -> None:
     for recipe in ("stage1", "base"):
         settled = config("cogvideo-9b", recipe, "recipe.micro_batch=1")
-        products = LayerTimes(settled, H100, Machine(H100, 1, 1, 1)).products()
+        times = LayerTimes(settled, H100, Machine(H100, 1, 1, 1))
+        products = times.products("attention") + times.products("mlp")
         flops = [2 * p.rows * p.columns * p.depth for p in products]
         backward = [
             f * (p.input_gradient + p.weight_gradient) for f, p in zip(flops, products, strict=True)

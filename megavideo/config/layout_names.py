@@ -3,13 +3,20 @@
 import re
 from dataclasses import dataclass
 
+from megavideo.config.schema import ParallelConfig
+
 # Part of a name -> the setting, and whether a number follows.
 NUMBERED = {"pp": "pp", "tp": "tp", "dp": "dp", "vp": "virtual_stages", "zero": "zero"}
 SWITCHES: dict[str, tuple[str, bool | str]] = {
     "sp": ("sequence_parallel", True),
     "recompute": ("recompute", "layer"),
+    "recompute-attention": ("recompute", "attention"),
+    "recompute-mlp": ("recompute", "mlp"),
+    "recompute-none": ("recompute", "none"),
     "offload": ("offload_optimizer", True),
 }
+# Where a name ends a part: not inside one of those that have a dash themselves.
+DASH = re.compile(r"-(?!(?:attention|mlp|none)(?:-|$))")
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,13 @@ def parse_layout(name: str) -> Layout:
         ValueError: naming the part that means nothing.
     """
     settings: dict[str, int | bool | str] = {"pp": 1, "tp": 1, "dp": 1}
-    for part in name.split("-"):
-        found = re.fullmatch(r"([a-z]+)(\d*)", part)
+    for part in DASH.split(name):
+        found = re.fullmatch(r"([a-z]+)(\d+)", part)
         word, digits = found.groups() if found else ("", "")
-        if word in NUMBERED and digits and (int(digits) or word == "zero"):
+        if word in NUMBERED and (int(digits) or word == "zero"):
             settings[NUMBERED[word]] = int(digits)
-        elif word in SWITCHES and not digits:
-            key, value = SWITCHES[word]
+        elif part in SWITCHES:
+            key, value = SWITCHES[part]
             settings[key] = value
         else:
             numbered = ", ".join(f"{word}N" for word in NUMBERED)
@@ -49,3 +56,18 @@ def parse_layout(name: str) -> Layout:
             )
     world_size = int(settings["pp"]) * int(settings["tp"]) * int(settings.pop("dp"))
     return Layout(name, settings, world_size)
+
+
+def layout_name(parallel: ParallelConfig, dp: int) -> str:
+    """Sizes above one, the ZeRO stage, then what is switched on; nothing where nothing is
+    recomputed.
+    """
+    sizes = {"pp": parallel.pp, "tp": parallel.tp, "dp": dp, "vp": parallel.virtual_stages}
+    parts = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+    parts += ["sp"] if parallel.sequence_parallel else []
+    parts += [f"zero{parallel.zero}"]
+    parts += [_RECOMPUTE[parallel.recompute]] if parallel.recompute != "none" else []
+    return "-".join([*parts, *(["offload"] if parallel.offload_optimizer else [])])
+
+
+_RECOMPUTE = {value: word for word, (key, value) in SWITCHES.items() if key == "recompute"}
