@@ -16,11 +16,14 @@ setting() {
     EXPORTED+=("$name")
 }
 
+# local_gpus: how many processes can have a GPU each here.
 local_gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l
+    local list
+    if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then   # empty hides all
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
     elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus | wc -l
+        list=$(nvidia-smi --list-gpus) || fail "nvidia-smi --list-gpus: $list; repair the driver, or set MEGAVIDEO_PROCESSES"
+        grep -c '^GPU ' <<<"$list" || true   # parts of a GPU (MIG) have lines of their own
     else
         echo 0
     fi
@@ -32,8 +35,11 @@ venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python
 setting MEGAVIDEO_PYTHON "$venv" '[A-Za-z0-9_./+-]+'
 
 # Processes on each node: one for each GPU, one where there is none.
-gpus=$(local_gpus)
-setting MEGAVIDEO_PROCESSES "$((gpus > 0 ? gpus : 1))" '[1-9][0-9]{0,2}'
+if [[ ! ${MEGAVIDEO_PROCESSES+set} ]]; then
+    gpus=$(local_gpus)
+    MEGAVIDEO_PROCESSES=$((gpus > 0 ? gpus : 1))
+fi
+setting MEGAVIDEO_PROCESSES '' '[1-9][0-9]{0,2}'
 
 # How often torchrun starts all workers again after one has failed. Worth it with --nnodes MIN:MAX,
 # where the others go on without a lost node; else a job scheduler that starts anew does better.

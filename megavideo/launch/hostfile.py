@@ -43,7 +43,8 @@ def read_hostfile(path: Path) -> list[Node]:
         ValueError: with file, line and remedy, if a line is anything else or a host comes twice.
     """
     nodes: list[Node] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # No host name has other letters than ASCII: what is wrong is told with its line.
+    for number, line in enumerate(path.read_text("ascii", "replace").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if text:
             nodes.append(_node(text, f"{path}:{number}"))

@@ -108,7 +108,8 @@ def _torchrun(meeting: str, wishes: Wishes) -> list[str]:
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={meeting}:{PORT}",
         f"--rdzv-id={wishes.name}",
-        *("-m", "megavideo", *wishes.arguments),
+        # Kubernetes makes $(NAME) the variable's value and $$ a dollar sign.
+        *("-m", "megavideo", *(argument.replace("$", "$$") for argument in wishes.arguments)),
     ]
 
 

@@ -50,6 +50,12 @@ def test_a_wrong_line_is_refused_with_its_place(tmp_path: Path, line: str, words
     assert words in str(error.value)
 
 
+def test_a_hostfile_that_is_no_utf8_is_refused_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"n1 slots=2\nn\xf6rd slots=2\n")
+    with pytest.raises(ValueError, match=r"hosts:2: .* is no host name"):
+        read_hostfile(tmp_path / "hosts")
+
+
 def test_a_lost_host_is_left_out_and_a_wrong_name_is_not_ignored() -> None:
     nodes = [Node("n1", 8), Node("n2", 8)]
     assert without(nodes, ["n2"]) == [Node("n1", 8)]
@@ -135,7 +141,7 @@ def test_a_pytorchjob_has_a_master_and_the_others() -> None:
 def check_container(container: dict) -> None:
     assert container["image"] == WISHES.image
     assert container["command"] == ["launch/node.sh"]
-    assert container["args"][-5:] == ["-m", "megavideo", "train", "a: [b", "$(id)"]
+    assert container["args"][-5:] == ["-m", "megavideo", "train", "a: [b", "$$(id)"]
     assert {"--nnodes=4", "--nproc-per-node=8"} <= set(container["args"])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/data"}

@@ -156,6 +156,35 @@ def test_a_dry_run_prints_what_would_run_and_starts_nothing(
     assert not seen.exists(), "something was started"
 
 
+MIG = "GPU 0: H100 (UUID: a)\\n  MIG 1g.10gb Device 0: (UUID: b)\\nGPU 1: H100 (UUID: c)\\n"
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "variables", "processes"),
+    [
+        (f"printf '{MIG}'", {}, "2"),
+        (f"printf '{MIG}'", {"CUDA_VISIBLE_DEVICES": "0,1,3"}, "3"),
+        (f"printf '{MIG}'", {"CUDA_VISIBLE_DEVICES": ""}, "1"),
+        ("exit 9", {"MEGAVIDEO_PROCESSES": "5"}, "5"),
+        ("echo no driver; exit 9", {}, "error: nvidia-smi --list-gpus: no driver; repair"),
+    ],
+    ids=["parts of GPUs", "some GPUs", "hidden GPUs", "said", "broken driver"],
+)
+def test_processes_are_as_many_as_gpus(
+    seen: Path, nvidia_smi: str, variables: dict[str, str], processes: str
+) -> None:
+    script = seen.parent / "nvidia-smi"
+    script.write_text(f"#!/usr/bin/env bash\n{nvidia_smi}\n")
+    script.chmod(0o755)
+    line = f"set -euo pipefail; source {LAUNCH}/env.sh; printf $MEGAVIDEO_PROCESSES"
+    without = {k: v for k, v in environment(seen).items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        ["bash", "-c", line], env=without | variables, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout + done.stderr).startswith(processes)
+    assert done.returncode == (2 if "error" in processes else 0)
+
+
 @pytest.mark.parametrize(
     "setting", ["OMP_NUM_THREADS=4;id", "MEGAVIDEO_PROCESSES=0", "MEGAVIDEO_INTERFACE=$(id)"]
 )
