@@ -1,15 +1,14 @@
 """`megavideo tokenize-videos`: decode videos, encode frames and captions, write shards."""
 
+import fcntl
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -17,9 +16,9 @@ import click
 from megavideo.data.captions import read_captions
 from megavideo.data.sample import TokenClip
 from megavideo.data.shards import Making, Sidecar, remove_shard, write_shard
-from megavideo.data.stream import read_ahead
 from megavideo.data.tokenizing import (
     Failure,
+    Item,
     Settings,
     ShardPlan,
     check_no_strangers,
@@ -29,10 +28,13 @@ from megavideo.data.tokenizing import (
     tokenize,
 )
 from megavideo.data.video import VIDEO_SUFFIXES
+from megavideo.data.workers import map_survivors
 from megavideo.files import atomic_write
 from megavideo.log import log, progress
 
 FAILED_FILE = "failed.jsonl"
+LOCK_FILE = ".lock"
+MIN_BROKEN = 100  # below it, a share says little
 
 
 @click.command()
@@ -102,6 +104,13 @@ FAILED_FILE = "failed.jsonl"
     show_default=True,
     help="Frames encoded at once.",
 )
+@click.option(
+    "--max-broken",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help=f"Stop when more than this share of the videos, and over {MIN_BROKEN}, cannot be used.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def main(
     captions: Path,
@@ -117,6 +126,7 @@ def main(
     workers: int,
     device: str,
     batch: int,
+    max_broken: float,
     dry_run: bool,
 ) -> None:
     """Turn captioned videos into shards of tokens: OUTPUT/train and OUTPUT/validation.
@@ -125,7 +135,7 @@ def main(
 
     A clip is put aside for validation by a hash of its caption, so no caption is on both sides. A
     broken video is skipped and written to OUTPUT/failed.jsonl with the reason. A job that was cut
-    off goes on where it was: run it again.
+    off goes on where it was: run it again. One job at a time writes to OUTPUT.
 
     \b
     Example:
@@ -146,8 +156,8 @@ def main(
     if dry_run:
         _print_plan(plans, making)
         return
-    with _pool(workers) as pool:
-        sidecars, failures = _make_shards(pool, plans, settings, making, ahead=4 * workers)
+    with _alone_in(output):
+        sidecars, failures = _make_shards(plans, settings, making, workers, max_broken)
     _write_failures(output / FAILED_FILE, failures)
     clips = sum(sidecar.count for sidecar in sidecars)
     if not clips:
@@ -184,48 +194,90 @@ def _print_plan(plans: Sequence[ShardPlan], making: Making) -> None:
     )
 
 
-def _pool(workers: int) -> Executor:
-    """One worker is this process; more are new ones, because a forked torch may hang."""
-    if workers == 1:
-        return ThreadPoolExecutor(1)
-    # An interrupt from the keyboard reaches every process, and is for the parent alone.
-    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    return ProcessPoolExecutor(workers, get_context("spawn"), ignore_interrupt)
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """ValueError if another job writes to `output`: each would remove what the other has begun."""
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / LOCK_FILE, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another tokenize-videos is writing to {output}; wait for it"
+            ) from error
+        yield
+
+
+class Broken:
+    """Counts videos, and stops a job in which too many are broken: its folder may be unmounted."""
+
+    def __init__(self, max_share: float):
+        self.max_share = max_share
+        self.seen = 0
+        self.broken = 0
+
+    def account(self, result: TokenClip | Failure) -> None:
+        """Note a result. ValueError if there are too many failures."""
+        self.seen += 1
+        if not isinstance(result, Failure):
+            return
+        log.warning("skipped: %s", result.reason)
+        self.broken += 1
+        if self.broken > max(MIN_BROKEN, self.max_share * self.seen):
+            raise ValueError(
+                f"{self.broken} of {self.seen} videos could not be used, the last because: "
+                f"{result.reason}; correct --videos, or raise --max-broken"
+            )
 
 
 def _make_shards(
-    pool: Executor, plans: Sequence[ShardPlan], settings: Settings, making: Making, ahead: int
+    plans: Sequence[ShardPlan], settings: Settings, making: Making, workers: int, max_broken: float
 ) -> tuple[list[Sidecar], list[dict[str, str]]]:
     """Make what is not finished; all sidecars and all failures, those of earlier runs too."""
-    done = {plan.path: sidecar for plan in plans if (sidecar := finished(plan))}
+    done: dict[Path, Sidecar] = {}
+    with progress("checking finished shards", total=len(plans)) as advance:
+        for plan in plans:
+            if sidecar := finished(plan):
+                done[plan.path] = sidecar
+            advance()
     if done:
         log.info("%d of %d shards are finished and whole; they are kept", len(done), len(plans))
     todo = [plan for plan in plans if plan.path not in done]
     items = chain.from_iterable(plan.items for plan in todo)
     failures = [failure for sidecar in done.values() for failure in sidecar.failed]
     sidecars = list(done.values())
-    results = read_ahead(pool, partial(tokenize, settings), items, ahead)
-    with progress("tokenising", total=sum(len(plan.items) for plan in todo)) as advance:
+    work = partial(tokenize, settings)
+    broken = Broken(max_broken)
+    with (
+        closing(map_survivors(work, items, workers, 4 * workers, _died)) as results,
+        progress("tokenising", total=sum(len(plan.items) for plan in todo)) as advance,
+    ):
         for plan in todo:
             failed: list[dict[str, str]] = []
-            clips = _good(results, plan, failed, advance)
+            clips = _good(results, plan, failed, broken, advance)
             sidecar = _write(plan, clips, making, failed)
             sidecars += [sidecar] if sidecar else []
             failures += failed
     return sidecars, failures
 
 
+def _died(item: Item) -> Failure:
+    reason = f"video {item.video}: the process that read it died, of a fault or too little memory"
+    return Failure(item.key, str(item.video), reason)
+
+
 def _good(
     results: Iterator[TokenClip | Failure],
     plan: ShardPlan,
     failed: list[dict[str, str]],
+    broken: Broken,
     advance: Callable[[], None],
 ) -> Iterator[tuple[str, TokenClip]]:
     """Pass on the clips with their keys; failures are noted and left out."""
     for item, result in zip(plan.items, islice(results, len(plan.items)), strict=True):
         advance()
+        broken.account(result)
         if isinstance(result, Failure):
-            log.warning("skipped: %s", result.reason)
             failed.append(asdict(result))
         else:
             yield item.key, result

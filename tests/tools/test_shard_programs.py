@@ -1,5 +1,6 @@
 """From video files to verified shards by the programs that a user types."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -129,6 +130,23 @@ def test_a_job_that_was_cut_off_goes_on_to_the_same_bytes(
     assert run_tokenize(work, tmp_path / "cut").exit_code == 0
     assert content(tmp_path / "cut") == content(tmp_path / "through")
     assert first.stat().st_mtime_ns == stamp, "a finished shard was made again"
+
+
+def test_a_second_job_in_the_same_folder_is_refused(work: Path, tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = run_tokenize(work, tmp_path)
+        assert "another tokenize-videos is writing to" in str(result.exception)
+    assert run_tokenize(work, tmp_path).exit_code == 0
+
+
+def test_a_job_with_too_many_broken_videos_stops(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize_videos, "MIN_BROKEN", 1)
+    result = run_tokenize(work, tmp_path, "--max-broken", "0.2")
+    assert "2 of 7 videos could not be used, the last because: " in str(result.exception)
+    assert run_tokenize(work, tmp_path, "--max-broken", "0.3").exit_code == 0
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """Work in processes: results in order, errors passed on, for any number of processes."""
 
+import os
+import signal
+
 import pytest
 
-from megavideo.data.workers import map_processes
+from megavideo.data.workers import map_processes, map_survivors
 
 
 def halve(number: int) -> float:
@@ -16,3 +19,19 @@ def test_results_come_in_order_and_errors_arrive(workers: int) -> None:
     assert list(map_processes(halve, range(6), workers, chunk=2)) == [0, 0.5, 1, 1.5, 2, 2.5]
     with pytest.raises(ValueError, match="seven"):
         list(map_processes(halve, range(5, 9), workers))
+
+
+def halve_or_die(number: int) -> float | str:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return halve(number)
+
+
+def test_an_item_over_which_a_process_dies_does_not_end_the_others() -> None:
+    results = map_survivors(halve_or_die, range(6), 2, 2, lambda number: f"{number} kills")
+    assert list(results) == [0, 0.5, 1, "3 kills", 2, 2.5]
+
+
+def test_one_worker_is_this_process() -> None:
+    results = map_survivors(lambda number: (number, os.getpid()), range(5), 1, 3, str)
+    assert list(results) == [(number, os.getpid()) for number in range(5)]
