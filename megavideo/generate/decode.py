@@ -82,6 +82,7 @@ def decode(
     the same logits, to the bit, to draw from.
 
     Returns: `image` with the wanted frames filled in.
+    Raises: ValueError if logits are not finite, from which anything might be drawn.
     """
     image = image.clone()
     decoder = _Decoder(model, prompts, how)
@@ -89,9 +90,17 @@ def decode(
         decoder.first_pass(image, given)
         for frame in wanted:
             code: Tensor | None = None
+            finite = torch.ones((), dtype=torch.bool, device=prompts.length.device)
             for position in range(image.shape[2]):
-                code = draw(decoder.step(frame, position, code), frame, position)
+                logits = decoder.step(frame, position, code)
+                finite &= logits.isfinite().all()  # asked once a frame: a GPU need not wait
+                code = draw(logits, frame, position)
                 image[:, frame, position] = code
+            if not finite:
+                raise ValueError(
+                    f"the model's logits of frame {frame} are not all finite: try another "
+                    "precision than its weights have, and look at guidance and text weight"
+                )
     return image
 
 

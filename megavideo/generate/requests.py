@@ -40,9 +40,13 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no prompt.
+        ValueError: if it holds no prompt, or is no UTF-8.
     """
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")  # some editors begin with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}; save it as UTF-8") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one on each line")
     return prompts

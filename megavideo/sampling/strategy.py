@@ -7,6 +7,7 @@ clusters stay, one of them is drawn, then a code inside it. (docs/generate.md 4.
 B rows, K image codes, C clusters. Softmax is computed in float32, draws in float64.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,14 +43,15 @@ class Strategy:
     code_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        finite = 0 <= self.temperature < math.inf  # not so of NaN
+        if not finite or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: use "
                 "at least 0, at least 0, and above 0 up to 1"
             )
         if self.labels is not None and self.top_p < 1:
             raise ValueError(f"top_p={self.top_p} has no effect on clusters; use top_k alone")
-        if self.code_temperature <= 0:
+        if not 0 < self.code_temperature < math.inf:
             raise ValueError(f"code_temperature={self.code_temperature} must be above 0")
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -77,6 +77,13 @@ def test_a_model_is_left_without_caches() -> None:
     logits_of_training(model, prompts(1, 6), image)
 
 
+def test_logits_that_are_not_finite_draw_nothing() -> None:
+    model = tiny_model("keyframes")
+    next(iter(model[-1].parameters())).data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits of frame 1 are not all finite"):
+        decode_greedily(model, "keyframes", 1)
+
+
 def test_text_weight_is_added_to_text_scores() -> None:
     """Weight log(2) is as if every text key were there twice; -inf would remove the text."""
     model = tiny_model("image")

@@ -33,6 +33,11 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\n  two \n")
     assert read_prompts(path) == ["one", "two"]
+    path.write_bytes("\ufeffone\r\n  \r\ntwo".encode())  # as Windows' editor saves it
+    assert read_prompts(path) == ["one", "two"]
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt: .*save it as UTF-8"):
+        read_prompts(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="one on each line"):
         read_prompts(path)

@@ -59,10 +59,13 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     labels = torch.zeros(5, dtype=torch.int64)
     for wrong in (
         {"temperature": -1.0},
+        {"temperature": np.nan},
+        {"temperature": np.inf},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 0.5, "labels": labels},
         {"code_temperature": 0.0},
+        {"code_temperature": np.nan},
     ):
         with pytest.raises(ValueError, match="="):
             Strategy(**wrong)
