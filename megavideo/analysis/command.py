@@ -30,7 +30,10 @@ Row = dict[str, str | int | float]
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for tables, pictures."
 )
 @click.option("--data", help="Shards to look at.  [default: the run's data.validation]")
-@click.option("--samples", default=8, show_default=True, help="Clips that attention is read on.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=8, show_default=True,
+    help="Clips that attention is read on.",
+)  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def main(run: Path, output: Path, data: str | None, samples: int, device: str) -> None:
     """Plot how a text-to-video model of RUN uses its channels.

@@ -10,7 +10,7 @@ from megavideo.files import write_json
 from megavideo.metrics.clips import Cut, read_clips
 from megavideo.metrics.frechet import fit, frechet_distance
 from megavideo.metrics.inception import inception_score
-from megavideo.metrics.network import RANGES, Network, load_function
+from megavideo.metrics.network import RANGES, Network, is_torchscript, load_function
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -93,17 +93,20 @@ def main(
     if features is None and classifier is None:
         raise ValueError("name --features for FVD, or --classifier for Inception Score, or both")
     given, place = _parse(arguments), torch.device(device)
+    # Both are loaded before anything is computed, which may take hours.
+    eye = None if features is None else load_function(features, given, False, place)
+    judge = None if classifier is None else load_function(classifier, given, True, place)
+    if given and not any(path and is_torchscript(path) for path in (features, classifier)):
+        raise ValueError(f"--argument {arguments[0]} has no effect: no network is a program")
     result: dict[str, str | int | float] = {"real": str(real), "generated": str(generated)}
-    if features is not None:
-        function = load_function(features, given, False, place)
-        network = Network(function, features_range, place)
+    if eye is not None:
+        network = Network(eye, features_range, place)
         cut = Cut(frames, fps, features_size)
         outputs = [network.outputs(read_clips(f, cut, limit), batch) for f in (real, generated)]
         result["real_clips"], result["generated_clips"] = map(len, outputs)
         result["fvd"] = frechet_distance(*map(fit, outputs))
-    if classifier is not None:
-        function = load_function(classifier, given, True, place)
-        network = Network(function, classifier_range, place)
+    if judge is not None:
+        network = Network(judge, classifier_range, place)
         cut = Cut(frames, fps, classifier_size)
         logits = network.outputs(read_clips(generated, cut, limit), batch)
         result["generated_clips"] = len(logits)

@@ -12,10 +12,10 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation of the score over `splits` equal parts of logits [n, classes].
 
     Between 1 and the number of classes.
-    Raises: ValueError if there are fewer clips than parts, or logits are not finite.
+    Raises: ValueError if there are fewer than two clips a part, or logits are not finite.
     """
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"{len(logits)} clips in {splits} parts: use at most as many parts")
+    if not 1 <= splits <= len(logits) // 2:  # the score of a clip alone is 1, whatever it shows
+        raise ValueError(f"{len(logits)} clips in {splits} parts: use at least two clips a part")
     if not logits.isfinite().all():
         raise ValueError("the classifier's logits are not all finite")
     scores = torch.stack([_score(part) for part in logits.double().tensor_split(splits)])

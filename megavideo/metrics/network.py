@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def load_function(
         logits: take C3D's logits rather than its features.
     Raises:
         FileNotFoundError: if there is no such file, with what to do.
-        ValueError: if it is neither.
+        ValueError: if it is neither, or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -72,7 +73,10 @@ def load_function(
             "networks are customary and where they come from"
         )
     if is_torchscript(path):
-        program = torch.jit.load(str(path), map_location=device).eval()
+        try:
+            program = torch.jit.load(str(path), map_location=device).eval()
+        except RuntimeError as error:
+            raise ValueError(f"TorchScript program {path}: {_first_line(error)}") from None
         return lambda clips: program(clips, **arguments)
     try:
         network = c3d_from(_weights(path)).to(device).eval()
@@ -92,12 +96,17 @@ def is_torchscript(path: Path) -> bool:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+    except (RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(_first_line(error)) from None
     if not isinstance(content, dict):
         raise ValueError("it holds no named tensors")
     return content.get("state_dict", content)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the stack of C++ that torch appends; its kind if nothing."""
+    return next(iter(str(error).splitlines()), repr(error))

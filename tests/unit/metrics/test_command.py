@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_missing_networks_and_files_that_are_none_are_explained(folder: Path) ->
     save_file({"x": torch.zeros(1)}, folder / "x.safetensors")
     with pytest.raises(ValueError, match="neither a TorchScript program nor weights of C3D"):
         evaluate(folder, "real", "other", f"--features={folder / 'x.safetensors'}")
+    (folder / "cut.safetensors").write_bytes(b"\x08")
+    with pytest.raises(ValueError, match="neither a TorchScript program nor weights of C3D"):
+        evaluate(folder, "real", "other", f"--features={folder / 'cut.safetensors'}")
+    with ZipFile(folder / "means.pt") as whole, ZipFile(folder / "cut.pt", "w") as cut:
+        cut.writestr("means/code/x.py", whole.read(whole.namelist()[0]))
+    with pytest.raises(ValueError, match=r"TorchScript program .*cut\.pt: "):
+        evaluate(folder, "real", "other", f"--features={folder / 'cut.pt'}")
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no video"):
         evaluate(folder, "empty", "other", f"--features={folder / 'means.pt'}")
@@ -122,3 +130,12 @@ def test_c3d_has_its_published_shape() -> None:
     assert loaded.state_dict().keys() == network.state_dict().keys()
     with pytest.raises(ValueError, match=r"no fc8\.weight"):
         c3d_from({})
+
+
+def test_arguments_for_weights_have_no_effect_and_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megavideo.metrics.command.load_function", lambda *_: None)
+    weights = f"--features={folder / 'c3d.safetensors'}"
+    with pytest.raises(ValueError, match="--argument motion=true has no effect"):
+        evaluate(folder, "real", "real", weights, "--argument=motion=true")

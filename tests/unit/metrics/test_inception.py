@@ -24,8 +24,8 @@ def test_random_logits_score_as_the_formula_says() -> None:
     assert inception_score(torch.from_numpy(logits), 3) == pytest.approx(expected, rel=1e-12)
 
 
-def test_more_parts_than_clips_and_broken_logits_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 clips in 10 parts"):
-        inception_score(torch.zeros(3, 4))
+def test_parts_of_one_clip_and_broken_logits_are_refused() -> None:
+    with pytest.raises(ValueError, match="19 clips in 10 parts: use at least two clips a part"):
+        inception_score(torch.zeros(19, 4))
     with pytest.raises(ValueError, match="not all finite"):
         inception_score(torch.full((3, 4), torch.nan), 1)
