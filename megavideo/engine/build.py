@@ -7,7 +7,7 @@ import torch
 from megavideo.checkpoint.commit import candidates_of, first_whole, verify_checkpoint
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import Progress, Training, read_training
-from megavideo.checkpoint.sources import find_checkpoint
+from megavideo.checkpoint.sources import find_start
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
@@ -52,7 +52,8 @@ def build_engine(config: Config, world: World, data: str, keep_base: bool = True
     if checkpoint:
         world.together(lambda: checkpoint_weights(model, config, checkpoint))
     else:
-        world.first_on_rank_zero(lambda: start_weights(model, config))
+        start = world.from_rank_zero(lambda: find_start(config.recipe))
+        world.together(lambda: start_weights(model, config, start))
     mark_cut(parameters)
     groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
     stepped_on = torch.device("cpu") if config.parallel.offload_optimizer else world.device
@@ -73,7 +74,7 @@ def build_engine(config: Config, world: World, data: str, keep_base: bool = True
     if checkpoint and training:
         _restore(engine, checkpoint, training)
     else:
-        world.from_rank_zero(lambda: _check_same_base(engine, config.recipe))
+        world.from_rank_zero(lambda: _check_same_base(engine, config.recipe, start.channel))
     log.info("frozen weights: %s", engine.frozen.digest)
     if not keep_base:
         return engine
@@ -153,15 +154,16 @@ def _restore(engine: Engine, checkpoint: Path, training: Training) -> None:
     log.info("resumed %s at step %d", checkpoint, training.progress.step)
 
 
-def _check_same_base(engine: Engine, recipe: RecipeConfig) -> None:
+def _check_same_base(engine: Engine, recipe: RecipeConfig, checkpoint: Path | None) -> None:
     """Refuse to put a temporal channel over another base than it was trained over.
 
     Digests of different precisions cannot be compared.
+
+    Args:
+        checkpoint: that the channel comes from; None if it is new.
     """
-    if recipe.start_from is None:
+    if checkpoint is None:
         return
-    checkpoint = find_checkpoint(Path(recipe.start_from))
-    assert checkpoint is not None, "its weights were read before"
     start = read_training(checkpoint)
     if (
         start.config["recipe"]["precision"] == recipe.precision

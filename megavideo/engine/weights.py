@@ -10,7 +10,7 @@ from megavideo.checkpoint.formats.detect import open_checkpoint
 from megavideo.checkpoint.formats.interface import Selection, Source, is_moment
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import MANIFEST
-from megavideo.checkpoint.sources import open_base_weights, open_start_weights
+from megavideo.checkpoint.sources import Start, base_weights, channel_weights, find_start
 from megavideo.config.schema import Config
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.execution import DTYPES
@@ -53,16 +53,21 @@ def _meta_model(config: Config, mesh: Mesh) -> nn.Sequential:
     return model
 
 
-def start_weights(model: nn.Module, config: Config) -> None:
-    """Set all weights for a fresh run: drawn from the seed, then recipe.base, then start_from."""
+def start_weights(model: nn.Module, config: Config, start: Start | None = None) -> None:
+    """Set all weights for a fresh run: drawn from the seed, then recipe.base, then start_from.
+
+    Args:
+        start: what `find_start` found for all ranks; one process alone may leave it out.
+    """
     recipe, here = config.recipe, places(model)
+    start = start or find_start(recipe)
     initialise(here, config.model, recipe.seed)
     if recipe.base is not None:
-        base = open_base_weights(Path(recipe.base))
+        base = base_weights(Path(recipe.base), start.base)
         load_tensors(here, base, _shapes(config, trained=False), f"recipe.base={recipe.base}")
         inherit(canonical_parameters(model), config.model)
-    if recipe.start_from is not None:
-        channel = open_start_weights(Path(recipe.start_from))
+    if start.channel is not None:
+        channel = channel_weights(start.channel)
         what = f"recipe.start_from={recipe.start_from}"
         load_tensors(here, channel, _shapes(config, trained=True), what)
 

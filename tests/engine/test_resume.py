@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavideo.checkpoint import commit
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.manifest import MANIFEST, read_manifest
+from megavideo.checkpoint.sources import find_start
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.snapshot import save_checkpoint
+from megavideo.engine.weights import new_model, start_weights
 from megavideo.engine.world import World
 from megavideo.model.build import canonical_parameters
 from tests.engine.support import FINGERPRINT, config, micro_batches
@@ -145,6 +148,30 @@ def test_stages_hand_over_base_and_temporal_channel(world: World, tmp_path: Path
     assert all(torch.equal(t, expected[n]) for n, t in engine2.state.gather_weights().items())
     with pytest.raises(ValueError, match=r"trained over the frozen base .* recipe\.base=None"):
         build_engine(config(tmp_path / "third", recipe), world, FINGERPRINT)
+
+
+def test_all_ranks_start_from_what_was_found_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = config(tmp_path / "first")
+    engine = build_engine(first, world, FINGERPRINT)
+    engine.train_batch(micro_batches(0))
+    save_checkpoint(engine, first, FINGERPRINT)
+    saved = engine.state.gather_weights()
+    read: list[Path] = []
+    monkeypatch.setattr(commit, "verify_checkpoint", read.append)
+    origin = {"base": first.run.directory, "start_from": first.run.directory}
+    second = config(tmp_path / "second", {"stage": "interpolation", "window": 2, **origin})
+    build_engine(second, world, FINGERPRINT)
+    assert len(read) == 2, "recipe.base and recipe.start_from, once each, not once on each rank"
+
+    found = find_start(second.recipe)
+    engine.train_batch(micro_batches(8))
+    save_checkpoint(engine, first, FINGERPRINT)  # the run goes on while others start from it
+    model = new_model(second, torch.device("cpu"))
+    start_weights(model, second, found)
+    parameters = canonical_parameters(model)
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in saved.items())
 
 
 def test_a_checkpoint_that_does_not_fit_lists_what_is_wrong(world: World, tmp_path: Path) -> None:
