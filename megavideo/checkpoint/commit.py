@@ -5,6 +5,7 @@ RUN/checkpoints/latest           "step-00000020"
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ from megavideo.checkpoint.parts import files_of, open_parts
 from megavideo.files import atomic_write, fsync_dir
 from megavideo.log import log, rank
 
+CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+NAME = re.compile(r"step-\d{8,}")
 # Folders being written or removed; a kill may leave one behind, the next commit sweeps it away.
 TEMPORARY = ".tmp-"
 THREADS = 4  # files that are checked at a time
@@ -23,17 +26,23 @@ THREADS = 4  # files that are checked at a time
 
 def checkpoints_of(run: Path) -> Path:
     """The folder of a run's checkpoints."""
-    return run / "checkpoints"
+    return run / CHECKPOINTS
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Committed checkpoints, newest first; not checked."""
-    return sorted(checkpoints_of(run).glob("step-*"), reverse=True)
+    """Committed checkpoints, newest first; not checked. A copy under another name is none."""
+    found = checkpoints_of(run).glob("step-*")
+    return sorted((folder for folder in found if NAME.fullmatch(folder.name)), reverse=True)
 
 
-def run_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint folder belongs to."""
-    return checkpoint.resolve().parent.parent
+def in_its_run(checkpoint: Path) -> Path:
+    """A checkpoint's folder as RUN/checkpoints/NAME, however it is named: RUN has its base.
+
+    A link to a checkpoint is followed. In a run, `checkpoints` and what is in it may themselves be
+    links to other disks, and are not.
+    """
+    folder = checkpoint.absolute()
+    return folder if folder.parent.name == CHECKPOINTS else folder.resolve()
 
 
 def folder_name(step: int) -> str:
@@ -187,9 +196,20 @@ def _discard(folder: Path) -> None:
     if folder.exists():
         condemned = folder.with_name(f"{TEMPORARY}old-{folder.name}")
         os.replace(folder, condemned)
-        shutil.rmtree(condemned)
+        _remove(condemned)
 
 
 def _sweep(parent: Path) -> None:
     for leftover in parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        try:
+            _remove(leftover)
+        except OSError as error:  # takes room, but is in no save's way
+            log.warning("%s was not removed: %s", leftover, error)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link that somebody put in its place; not what the link names."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from megavideo.checkpoint.base import base_path, open_base
-from megavideo.checkpoint.commit import LATEST, checkpoints_of, folder_name, run_of
+from megavideo.checkpoint.commit import LATEST, checkpoints_of, folder_name, in_its_run
 from megavideo.checkpoint.files import TensorEntry
 from megavideo.checkpoint.formats.interface import Group, OpenGroup, Reader, Writer, is_moment
 from megavideo.checkpoint.formats.sharded import WEIGHTS_MANIFEST, ShardedWriter
@@ -29,10 +29,10 @@ class RunReader(Reader):
 
     def __init__(self, checkpoint: Path):
         """Raises: ValueError if it is damaged; FileNotFoundError if a file is missing."""
-        checkpoint = checkpoint.resolve()
+        checkpoint = in_its_run(checkpoint)
         manifest = read_manifest(checkpoint / MANIFEST)
         assert manifest.training is not None, "a run's checkpoints say where it stood"
-        self.path = run_of(checkpoint)
+        self.path = checkpoint.parent.parent
         self.training = manifest.training
         self.trained = Parts(checkpoint, manifest)
         self.frozen = self.training.base and open_base(self.path, self.training.base)

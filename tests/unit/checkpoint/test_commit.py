@@ -16,8 +16,16 @@ from torch import Tensor
 
 from megavideo.checkpoint import commit
 from megavideo.checkpoint.base import base_path, open_base
-from megavideo.checkpoint.commit import checkpoints_of, list_checkpoints, newest_whole, prune
+from megavideo.checkpoint.commit import (
+    abandon,
+    begin,
+    checkpoints_of,
+    list_checkpoints,
+    newest_whole,
+    prune,
+)
 from megavideo.checkpoint.files import combined_digest
+from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import MANIFEST, Progress, Training, read_training, write_sealed
 from megavideo.checkpoint.parts import open_parts
 from tests.unit.checkpoint.samples import entries_of, weights, write_checkpoint, write_parts
@@ -121,6 +129,52 @@ def test_old_checkpoints_go_but_never_the_latest(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest").write_text("step-00000002\n")
     prune(tmp_path, keep_last=2)
     assert [f.name[-1] for f in list_checkpoints(tmp_path)] == ["5", "4", "2"]
+
+
+def test_a_copy_under_another_name_is_left_alone(tmp_path: Path) -> None:
+    kept = checkpoints_of(tmp_path) / "step-00000001-good"
+    shutil.copytree(save(tmp_path, 1), kept)
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+        prune(tmp_path, keep_last=1, keep_every=2)
+    assert [f.name[-1] for f in list_checkpoints(tmp_path)] == ["4", "2"]
+    assert kept.is_dir()
+
+
+def test_a_checkpoint_behind_a_link_is_read_and_removed_and_hinders_no_save(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    moved = save(run, 1).rename(elsewhere)
+    (checkpoints_of(run) / "step-00000001").symlink_to(moved)
+    assert_holds(newest_whole(run), 1)
+    for step in (2, 3):
+        begin(run, step)  # sweeps what stands in the way
+        abandon(run, step)
+        save(run, step)
+        prune(run, keep_last=1)
+    assert [f.name[-1] for f in list_checkpoints(run)] == ["3"]
+    assert (moved / MANIFEST).is_file(), "what a link names is not the run's to remove"
+
+
+def test_leftovers_that_cannot_be_removed_hinder_no_save(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (checkpoints_of(tmp_path) / ".tmp-note").write_text("no folder")
+    begin(tmp_path, 2)
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "checkpoint", "run", "to a checkpoint"])
+def test_a_checkpoints_base_is_its_runs_whatever_is_a_link(link: str, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folder = save(run, 1)
+    moved = {"checkpoints": folder.parent, "checkpoint": folder, "run": run}.get(link)
+    if moved:
+        moved.rename(elsewhere)
+        moved.symlink_to(elsewhere)
+    else:
+        (tmp_path / "newest").symlink_to(folder)
+        folder = tmp_path / "newest"
+    reader = RunReader(folder)
+    assert (reader.path / "checkpoints").samefile(run / "checkpoints")
+    assert all((reader.path / file).is_file() for file in reader.files)
 
 
 class Killed(BaseException):
