@@ -6,6 +6,7 @@ layout's doing. Dropout is off: its masks differ between layouts on purpose.
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,10 +103,10 @@ def layout_traces(
 def compare(trace: Trace, golden: Trace) -> Difference:
     """Differences between two trainings; a missing parameter is an infinite one."""
     updates = {name: _relative(trace.updates.get(name), u) for name, u in golden.updates.items()}
-    parameter = max(updates, key=lambda name: updates[name])
+    parameter = max(updates, key=lambda name: _rank(updates[name]))
     return Difference(
-        max(abs(a - b) for a, b in zip(trace.losses, golden.losses, strict=True)),
-        max(abs(a / b - 1) for a, b in zip(trace.norms, golden.norms, strict=True)),
+        max((abs(a - b) for a, b in zip(trace.losses, golden.losses, strict=True)), key=_rank),
+        max((abs(a / b - 1) for a, b in zip(trace.norms, golden.norms, strict=True)), key=_rank),
         updates[parameter],
         parameter,
     )
@@ -175,6 +176,11 @@ def _write(run: Path, trace: Trace) -> None:
 def _read(run: Path) -> Trace:
     steps = json.loads((run / "steps.json").read_text())
     return Trace(**steps, updates=load_file(run / "updates.safetensors"))
+
+
+def _rank(error: float) -> float:
+    """For `max`, which else passes over NaN: nothing is worse."""
+    return math.inf if math.isnan(error) else error
 
 
 def _relative(ours: Tensor | None, golden: Tensor) -> float:

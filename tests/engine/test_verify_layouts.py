@@ -1,8 +1,10 @@
 """`megavideo verify-layouts`: right layouts pass, a wrong one is named and ends with status 1."""
 
 import json
+import math
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner, Result
 
@@ -47,3 +49,14 @@ def test_differences_are_relative_to_the_update() -> None:
     assert (found.loss, found.norm, found.update, found.parameter) == (0.5, 0.25, 0.25, "a")
     lost = compare(Trace(golden.losses, golden.norms, {"b": torch.ones(1)}), golden)
     assert lost.update == float("inf") and lost.parameter == "a"
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_number_that_is_none_is_the_worst_difference_wherever_it_is(step: int) -> None:
+    golden = Trace([1.0, 2.0], [4.0, 4.0], {"a": torch.ones(1), "b": torch.ones(1)})
+    updates = {"ab"[step]: torch.tensor([math.nan]), "ab"[1 - step]: torch.tensor([2.0])}
+    broken = [3.0, 3.0]
+    broken[step] = math.nan
+    found = compare(Trace(broken, broken, updates), golden)
+    assert all(math.isnan(error) for error in (found.loss, found.norm, found.update))
+    assert found.parameter == "ab"[step]
