@@ -83,7 +83,12 @@ def _parse_assignment(assignment: str) -> tuple[str, Any]:
     path, equals, text = assignment.partition("=")
     if not equals or "." not in path:
         raise ValueError(f"--set {assignment}: write section.key=value, as --set recipe.steps=100")
-    return path, YAML(typ="safe", pure=True).load(text)
+    try:
+        return path, YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ValueError(
+            f"--set {assignment}: the value is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _assign(tree: Tree, path: str, value: Any, source: str) -> None:
@@ -92,7 +97,10 @@ def _assign(tree: Tree, path: str, value: Any, source: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise ValueError(f"{path} (from {source}): {parent} is a value, not a section")
-    tree[last] = value
+    if value == {}:
+        tree.setdefault(last, {})  # a section without settings takes none away
+    else:
+        tree[last] = value
 
 
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:

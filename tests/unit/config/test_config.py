@@ -66,6 +66,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("steps=5", "write section.key=value"),
         ("recipe.steps", "write section.key=value"),
         ("recipe.steps.more=1", "recipe.steps is a value|steps is a value"),
+        ("recipe.frame_rates=[1, 2", r"--set recipe.frame_rates=\[1, 2: the value is not valid"),
     ],
 )
 def test_a_mistake_is_one_error_with_value_place_and_remedy(assignment: str, message: str) -> None:
@@ -118,6 +119,14 @@ def test_a_key_twice_in_one_file_is_an_error(tmp_path: Path) -> None:
     file.write_text("run:\n  log_every: 1\n  log_every: 2\n")
     with pytest.raises(ValueError, match="duplicate key"):
         load(files=[*FILES, file])
+
+
+def test_a_section_without_settings_takes_none_away(tmp_path: Path) -> None:
+    some, none = tmp_path / "some.yaml", tmp_path / "none.yaml"
+    some.write_text("parallel: {zero: 3}\n")
+    none.write_text("parallel: {}\n")
+    for files in ((some, none), (none, some)):
+        assert load(files=[*FILES, *files]).parallel.zero == 3
 
 
 def test_a_missing_file_and_a_missing_key_are_named() -> None:
