@@ -47,7 +47,7 @@ def _compose(files: list[Path]) -> tuple[Tree, dict[str, str]]:
     tree: Tree = {}
     origin: dict[str, str] = {}
     for file in files:
-        for path, value in _leaves(_read(file)):
+        for path, value in leaves(_read(file)):
             if path in origin:
                 raise ValueError(
                     f"{path} is set in both {origin[path]} and {file}; "
@@ -70,11 +70,12 @@ def _read(file: Path) -> Tree:
     return content
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's path, as `recipe.steps`, and value."""
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{path}.")
+            yield from leaves(value, f"{path}.")
         else:
             yield path, value
 

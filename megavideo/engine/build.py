@@ -1,6 +1,7 @@
 """From a configuration to an engine that is ready for the next batch, fresh or resumed."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from megavideo.config.deepspeed import (
     check_precision,
     check_schedule,
 )
+from megavideo.config.load import leaves
 from megavideo.config.schema import Config, RecipeConfig
 from megavideo.engine.base import store_base
 from megavideo.engine.engine import Engine
@@ -31,6 +33,10 @@ from megavideo.model.build import canonical_parameters
 from megavideo.model.partition import ideal_bubble
 from megavideo.model.places import copies
 from megavideo.model.trainable import check_trainable
+
+# Settings that a run keeps, beside the model's: no shape tells that they have changed.
+OF_THE_RUN = ("recipe.stage", "recipe.window", "recipe.optimizer.name")
+ONLY_AT_THE_START = ("recipe.base", "recipe.start_from")
 
 
 def build_engine(config: Config, world: World, data: str, keep_base: bool = True) -> Engine:
@@ -104,7 +110,7 @@ def find_resume(config: Config, data: str, world: World) -> Path | None:
     All ranks read and check it together, each some files.
 
     Raises:
-        ValueError: if all are damaged, or it belongs to another stage, optimizer or data set.
+        ValueError: if all are damaged, or it belongs to another model, stage or data set.
     """
 
     def problem(checkpoint: Path) -> str | None:
@@ -128,17 +134,23 @@ def _check_same_run(checkpoint: Path, config: Config, data: str) -> None:
             f"{training.data}, now {data}); give back data.train and recipe.seed, or choose "
             "another run.directory"
         )
-    before = training.config["recipe"]
-    now = config.recipe
-    for key, was, wanted in (
-        ("recipe.stage", before["stage"], now.stage),
-        ("recipe.optimizer.name", before["optimizer"]["name"], now.optimizer.name),
-    ):
-        if was != wanted:
-            raise ValueError(
-                f"{checkpoint} was trained with {key}={was}, not {wanted}; choose another "
-                "run.directory"
-            )
+    before = dict(leaves(training.config))
+    for path, now in leaves(config.model_dump(mode="json")):
+        if before.get(path, now) != now:
+            _check_change(path, before[path], now, checkpoint)
+
+
+def _check_change(path: str, was: Any, now: Any, checkpoint: Path) -> None:
+    """Refuse a setting that makes another model or training of the same state; tell the others."""
+    if path.startswith("model.") or path in OF_THE_RUN:
+        raise ValueError(
+            f"{checkpoint} was trained with {path}={was}, not {now}; give it back, or choose "
+            "another run.directory"
+        )
+    if path in ONLY_AT_THE_START:
+        log.warning("%s=%s has no effect: this run began with %s", path, now, was)
+    elif path.startswith("recipe."):
+        log.info("%s is %s from now on, it was %s", path, now, was)
 
 
 def _restore(engine: Engine, checkpoint: Path, training: Training) -> None:
@@ -146,12 +158,16 @@ def _restore(engine: Engine, checkpoint: Path, training: Training) -> None:
     engine.world.together(lambda: engine.state.restore(reader, training.progress.updates))
     for name, value in (training.loss_scaler or {}).items():
         setattr(engine.loss_scaler, name, value)
+    engine.world.from_rank_zero(lambda: _check_base(engine, checkpoint, training))
+    log.info("resumed %s at step %d", checkpoint, training.progress.step)
+
+
+def _check_base(engine: Engine, checkpoint: Path, training: Training) -> None:
     if engine.frozen.digest != training.base:
         raise ValueError(
             f"{checkpoint} was trained over the frozen base {training.base}, but this run's is "
             f"{engine.frozen.digest}; go on with the precision that it was trained in"
         )
-    log.info("resumed %s at step %d", checkpoint, training.progress.step)
 
 
 def _check_same_base(engine: Engine, recipe: RecipeConfig, checkpoint: Path | None) -> None:

@@ -1,6 +1,7 @@
 """A resumed engine is the one that was saved, bit for bit, in this layout and in others."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from megavideo.checkpoint import commit
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.manifest import MANIFEST, read_manifest
 from megavideo.checkpoint.sources import find_start
+from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.weights import new_model, start_weights
 from megavideo.engine.world import World
+from megavideo.log import log
 from megavideo.model.build import canonical_parameters
 from tests.engine.support import FINGERPRINT, config, micro_batches
 from tests.engine.test_nonfinite import HOMES, assert_same_state
@@ -109,6 +112,42 @@ def test_other_data_or_another_stage_is_refused(world: World, tmp_path: Path) ->
         build_engine(settings, world, "other data")
     with pytest.raises(ValueError, match=r"recipe\.stage=keyframes, not image"):
         build_engine(config(tmp_path, {"stage": "image"}), world, FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        ("model", {"heads": 4}, r"trained with model\.heads=2, not 4; give it back"),
+        ("recipe", {"window": 2}, r"trained with recipe\.window=0, not 2; give it back"),
+        ("recipe", {"precision": "bf16"}, "go on with the precision that it was trained in"),
+    ],
+)
+def test_a_setting_that_no_shape_tells_is_refused_when_it_changes(
+    section: str, change: dict[str, Any], told: str, saved: Config, world: World
+) -> None:
+    changed = getattr(saved, section).model_copy(update=change)
+    with pytest.raises(ValueError, match=told):
+        build_engine(saved.model_copy(update={section: changed}), world, FINGERPRINT)
+
+
+def test_other_changed_settings_are_told(
+    saved: Config, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = str(Path(saved.run.directory) / "another")
+    changed = saved.recipe.model_copy(update={"base": base, "batch": 4})
+    caplog.set_level("INFO", logger="megavideo")
+    log.propagate = True
+    build_engine(saved.model_copy(update={"recipe": changed}), world, FINGERPRINT)
+    assert f"recipe.base={base} has no effect: this run began with None" in caplog.text
+    assert "recipe.batch is 4 from now on, it was 8" in caplog.text
+
+
+@pytest.fixture
+def saved(world: World, tmp_path: Path) -> Config:
+    """The configuration of a run with a checkpoint."""
+    settings = config(tmp_path)
+    save_checkpoint(build_engine(settings, world, FINGERPRINT), settings, FINGERPRINT)
+    return settings
 
 
 def test_a_changed_frozen_weight_is_caught_before_saving(world: World, tmp_path: Path) -> None:
