@@ -22,7 +22,7 @@ class Golden:
     def __init__(self, config: Config):
         cpu = torch.device("cpu")
         self.recipe = config.recipe
-        self.model = new_model(config, cpu)
+        self.model = new_model(config, cpu).float()  # whatever the layout's precision
         self.parameters = canonical_parameters(self.model)
         start_weights(self.model, config)
         self.objective = Objective(config.model, config.recipe, cpu)
