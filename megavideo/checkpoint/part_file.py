@@ -17,7 +17,14 @@ import xxhash
 from torch import Tensor
 
 from megavideo.checkpoint.files import raw_bytes
-from megavideo.checkpoint.tensor_stream import DTYPES, Sink, TensorSpec, file_order, header_bytes
+from megavideo.checkpoint.tensor_stream import (
+    DTYPES,
+    Sink,
+    TensorSpec,
+    file_order,
+    fill,
+    header_bytes,
+)
 from megavideo.files import fsync_file
 
 BLOCK = 1 << 20
@@ -167,7 +174,7 @@ class PartFile:
                 target[a - first : b - first] = block[a - low : b - low]
 
     def _read_block(self, file: BinaryIO, name: str, number: int, block: memoryview) -> None:
-        if os.preadv(file.fileno(), [block], self._offsets[name] + number * BLOCK) != len(block):
+        if not fill(file, block, self._offsets[name] + number * BLOCK):
             raise ValueError(f"{self.path} is damaged: it ends within {name}")
         if _digest(block) != self._digests[name][number * DIGEST : (number + 1) * DIGEST]:
             raise ValueError(f"{self.path} is damaged: {name} differs from its digest")
@@ -210,11 +217,14 @@ def _specs(entries: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 
 def _read_header(file: BinaryIO, path: Path) -> bytes:
-    length = file.read(8)
-    count = int.from_bytes(length, "little")
-    if len(length) < 8 or count > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"{path} is damaged: it is no safetensors file")
-    return length + file.read(count)
+    size = os.fstat(file.fileno()).st_size
+    header = bytearray(8)
+    if fill(file, memoryview(header), 0):
+        count = int.from_bytes(header, "little")
+        header = bytearray(8 + count if count <= size - 8 else 0)
+        if header and fill(file, memoryview(header), 0):
+            return bytes(header)
+    raise ValueError(f"{path} is damaged: it is no safetensors file")
 
 
 def _offsets(tensors: Mapping[str, TensorSpec], start: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import lcm, prod
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -90,11 +91,21 @@ def read_at(path: Path, data: memoryview, offset: int) -> None:
     Raises: ValueError if the file ends before.
     """
     with open(path, "rb", buffering=0) as file:
-        while len(data):
-            count = os.preadv(file.fileno(), [data], offset)
-            if count == 0:
-                raise ValueError(f"{path} is damaged: it ends too early")
-            data, offset = data[count:], offset + count
+        if not fill(file, data, offset):
+            raise ValueError(f"{path} is damaged: it ends too early")
+
+
+def fill(file: BinaryIO, data: memoryview, offset: int) -> bool:
+    """Fill `data` with an unbuffered file's bytes from `offset` on; False if it ends before.
+
+    One read may give less than was asked for, on network file systems above all.
+    """
+    while len(data):
+        count = os.preadv(file.fileno(), [data], offset)
+        if count == 0:
+            return False
+        data, offset = data[count:], offset + count
+    return True
 
 
 def joined(parts: Sequence[Stored], shard: Shard, whole: TensorSpec) -> Iterator[Tensor]:

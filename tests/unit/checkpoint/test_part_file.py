@@ -55,6 +55,18 @@ def test_rows_and_columns_are_those_of_the_tensor(
     assert torch.equal(columns, matrix[start:stop, 400:1299])
 
 
+def test_a_read_that_gives_less_than_was_asked_for_is_no_damage(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = write_part_file(tmp_path / "file", tensors)
+    whole = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, buffers, at: whole(file, [buffers[0][:100_000]], at)
+    )
+    read = read_part_file(tmp_path / "file", seal)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
 def test_rows_are_read_without_the_rest(
     tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
