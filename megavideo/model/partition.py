@@ -100,14 +100,13 @@ def _best(prefix: tuple[int, ...], parts: int, limit: int | None) -> tuple[int, 
         if parts == 0:
             return (0 if stop == 0 else infinite), ()
         found: tuple[int, tuple[int, ...]] = (infinite, ())
-        for start in range(parts - 1, stop):
-            before, counts = best(start, parts - 1)
+        for start in range(stop - 1, parts - 2, -1):
             cost = prefix[stop] - prefix[start]
-            if limit is None:
-                value = max(before, cost)
-            else:
-                value = before + cost * cost if cost <= limit else infinite
-            if value < found[0]:
+            if cost > (found[0] if limit is None else limit):
+                break  # and a longer part costs more
+            before, counts = best(start, parts - 1)
+            value = max(before, cost) if limit is None else before + cost * cost
+            if value <= found[0]:
                 found = (value, (*counts, stop - start))
         return found
 

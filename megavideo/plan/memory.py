@@ -24,8 +24,8 @@ from megavideo.config.schema import Config, ModelConfig
 from megavideo.model.flops import cached_table
 from megavideo.parallel.shard import part_shape
 from megavideo.plan.activations import ELEMENT_BYTES, Kept, Ledger
-from megavideo.plan.runs import layers_of_rank, runs_of
-from megavideo.plan.schedule import most_in_flight, orders, short_of
+from megavideo.plan.runs import runs_of, stages_of
+from megavideo.plan.schedule import in_flight, most_in_flight, short_of
 
 # DeepSpeed's default stage3_prefetch_bucket_size, in elements: gathered ahead of their use.
 PREFETCH = 50_000_000
@@ -96,8 +96,20 @@ def memory_by_stage(config: Config, dp: int, ledger: Ledger, reserve: int = 0) -
         reserve: bytes that are not the model's (see `Memory`).
     """
     kept = [_of_samples(k, config.recipe.micro_batch) for k in ledger.layers()]
-    sent = ledger.boundary() * config.recipe.micro_batch
-    return [_of_stage(config, dp, rank, kept, sent, reserve) for rank in range(config.parallel.pp)]
+    activations = _in_flight(config, dp, kept, ledger.boundary() * config.recipe.micro_batch)
+    parameters = layer_parameters(config)
+    return [
+        _of_stage(
+            config,
+            dp,
+            rank,
+            [parameters[layer] for layer in layers],
+            activations[rank],
+            max(kept[layer].working for layer in layers),
+            reserve,
+        )
+        for rank, layers in enumerate(stages_of(config))
+    ]
 
 
 def _of_samples(kept: Kept, samples: int) -> Kept:
@@ -105,19 +117,21 @@ def _of_samples(kept: Kept, samples: int) -> Kept:
 
 
 def _of_stage(
-    config: Config, dp: int, rank: int, kept: Sequence[Kept], sent: int, reserve: int
+    config: Config,
+    dp: int,
+    rank: int,
+    own: Sequence[Held],
+    activations: int,
+    working: int,
+    reserve: int,
 ) -> Memory:
-    layers = layers_of_rank(config, rank)
-    parameters = layer_parameters(config)
-    own = [parameters[layer] for layer in layers]
     frozen, trained = sum(held.frozen for held in own), sum(held.trained for held in own)
-    working = max(kept[layer].working for layer in layers)
     return Memory(
         parameters=_parameters(config, dp, frozen + trained),
         gradients=_gradients(config, dp, trained),
         optimizer=_optimizer(config, dp, trained),
         buffers=_buffers(config, own, rank),
-        activations=_in_flight(config, dp, rank, kept, sent),
+        activations=activations,
         working=max(working, _gradients_of_one_backward(config, trained)),
         reserve=reserve,
     )
@@ -162,12 +176,17 @@ def _buffers(config: Config, own: Sequence[Held], rank: int) -> int:
     return bucket
 
 
-def _in_flight(config: Config, dp: int, rank: int, kept: Sequence[Kept], sent: int) -> int:
-    """Activations of all micro-batches whose backward pass is to come, at the worst moment."""
+def _in_flight(config: Config, dp: int, kept: Sequence[Kept], sent: int) -> list[int]:
+    """Activations of each rank's micro-batches whose backward pass is to come, at the worst moment.
+
+    Args:
+        sent: bytes that a run sends on, kept with what its layers keep.
+    """
     parallel, recipe = config.parallel, config.recipe
     of_run = [sum(kept[layer].kept for layer in run) for run in runs_of(config)]
     if parallel.pp == 1:
-        return of_run[0]
+        return of_run
     steps = short_of(parallel.pp, recipe.batch // (recipe.micro_batch * dp))
-    order = orders(parallel.pp, parallel.virtual_stages, steps)[rank]
-    return most_in_flight(order, [size + sent for size in of_run])
+    moments = in_flight(parallel.pp, parallel.virtual_stages, steps)
+    with_sent = [size + sent for size in of_run]
+    return [most_in_flight(m, with_sent[rank :: parallel.pp]) for rank, m in enumerate(moments)]

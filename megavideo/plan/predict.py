@@ -8,7 +8,7 @@ from megavideo.model.flops import Execution, executed_flops, naive_flops, traini
 from megavideo.plan.activations import ELEMENT_BYTES, Ledger
 from megavideo.plan.hardware import Hardware
 from megavideo.plan.memory import Memory, memory_by_stage
-from megavideo.plan.runs import layers_of_rank, runs_of
+from megavideo.plan.runs import runs_of, stages_of
 from megavideo.plan.schedule import Bar, ideal_seconds, pipeline_seconds, timeline
 from megavideo.plan.time import (
     TILES,
@@ -88,15 +88,18 @@ class Predictor:
         parts = self._parts(config, dp, exact)
         step_s = sum(parts.values())
         peak = hardware.peak_tflops[config.recipe.precision]
-        ledger = Ledger(config, hardware.attention, hardware.kind == "gpu")
         return Prediction(
             step_s=step_s,
             parts=parts,
-            memory=memory_by_stage(config, dp, ledger, int(hardware.reserve_gib * GIB)),
+            memory=self._memory(config, dp),
             **self._utilisations(config, step_s * world_size * peak * 1e12),
             peak_tflops=peak,
             samples=config.recipe.batch,
         )
+
+    def fullest(self, config: Config, world_size: int) -> int:
+        """Bytes of the fullest rank's memory."""
+        return max(memory.total for memory in self._memory(config, replicas(config, world_size)))
 
     def timeline(self, config: Config, world_size: int) -> list[Bar]:
         """When each pipeline stage computes which micro-batch."""
@@ -105,6 +108,10 @@ class Predictor:
         passes = self._passes(config, machine)
         steps = accumulation_steps(config.recipe, dp)
         return timeline(parallel.pp, steps, *passes, machine.send(_boundary(config)))
+
+    def _memory(self, config: Config, dp: int) -> list[Memory]:
+        ledger = Ledger(config, self.hardware.attention, self.hardware.kind == "gpu")
+        return memory_by_stage(config, dp, ledger, int(self.hardware.reserve_gib * GIB))
 
     def _machine(self, config: Config, dp: int) -> Machine:
         return Machine(self.hardware, config.parallel.tp, dp, config.parallel.pp)
@@ -143,7 +150,7 @@ class Predictor:
         machine, pp = self._machine(config, dp), config.parallel.pp
         steps = accumulation_steps(config.recipe, dp)
         layers = self._layer_times(config, machine)
-        stages = [[layers[n] for n in layers_of_rank(config, rank)] for rank in range(pp)]
+        stages = [[layers[n] for n in stage] for stage in stages_of(config)]
         busiest = max(stages, key=lambda stage: sum(x.all_forward + x.all_backward for x in stage))
         compute = {
             "forward": steps * sum(layer.forward for layer in busiest),
@@ -163,7 +170,7 @@ class Predictor:
     ) -> dict[str, float]:
         """What replicas exchange, the optimizer, and what is not arithmetic."""
         steps = accumulation_steps(config.recipe, machine.dp)
-        trained, held = max(trained_and_held(config, rank) for rank in range(machine.pp))
+        trained, held = max(trained_and_held(config))
         done = reduction(config, machine, trained, held, steps)
         weights = done.weights
         if config.parallel.zero == 3 and self.hardware.kind == "gpu":

@@ -22,10 +22,10 @@ def runs_of(config: Config) -> Runs:
     return _runs(config.model, recipe.stage, recipe.window, *cut)
 
 
-def layers_of_rank(config: Config, rank: int) -> list[int]:
-    """Numbers of the layers that a pipeline rank holds."""
-    own = runs_of_rank(runs_of(config), rank, config.parallel.pp)
-    return [layer for run in own for layer in run]
+def stages_of(config: Config) -> list[list[int]]:
+    """Numbers of the layers that each pipeline rank holds."""
+    runs, pp = runs_of(config), config.parallel.pp
+    return [[layer for run in runs_of_rank(runs, rank, pp) for layer in run] for rank in range(pp)]
 
 
 @lru_cache(maxsize=1024)

@@ -6,9 +6,12 @@ order is that of torch.distributed.pipelining.)
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+
+Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,27 @@ def _order(rank: int, pp: int, chunks: int, micro_batches: int) -> tuple[Action,
     return tuple(actions)
 
 
-def most_in_flight(order: Sequence[Action], kept: Sequence[int]) -> int:
-    """The most bytes that a rank keeps at once, where run k's forward keeps `kept[k]`."""
-    now = most = 0
-    for action in order:
-        now += kept[action.run] if action.forward else -kept[action.run]
-        most = max(most, now)
-    return most
+@lru_cache(maxsize=512)
+def in_flight(pp: int, virtual_stages: int, micro_batches: int) -> tuple[frozenset[Counts], ...]:
+    """Of each rank, how many forward passes through each of its runs wait for their backward pass,
+    whenever they are about to become fewer.
+    """
+    found = []
+    for order in orders(pp, virtual_stages, micro_batches):
+        counts, moments = [0] * virtual_stages, set()
+        for action, following in pairwise(order):
+            counts[action.run // pp] += 1 if action.forward else -1
+            if action.forward and not following.forward:
+                moments.add(tuple(counts))
+        found.append(frozenset(moments))
+    return tuple(found)
+
+
+def most_in_flight(moments: Iterable[Counts], kept: Sequence[int]) -> int:
+    """The most bytes that a rank keeps at once, where its k-th run's forward keeps `kept[k]`."""
+    return max(
+        sum(count * size for count, size in zip(moment, kept, strict=True)) for moment in moments
+    )
 
 
 def short_of(pp: int, micro_batches: int) -> int:

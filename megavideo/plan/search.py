@@ -7,12 +7,13 @@ that fit the memory counts.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megavideo.config.deepspeed import check_precision
 from megavideo.config.layout_names import layout_name
-from megavideo.config.schema import Config, ParallelConfig
+from megavideo.config.schema import Config, ParallelConfig, Recompute
+from megavideo.model.recompute import SPANS, computed_again
 from megavideo.plan.hardware import Hardware
 from megavideo.plan.predict import GIB, Prediction, Predictor, replicas
 
@@ -57,13 +58,9 @@ def search(config: Config, gpus: int, hardware: Hardware) -> Search:
     Of `config.parallel`, reduce_bucket is kept; everything else is searched.
     """
     found, predictor = Search(), Predictor(hardware)
-    for parallel in _layouts(config, gpus):
-        candidates = list(_micro_batches(config, parallel, gpus, predictor, found.refused))
-        fitting = [c for c in candidates if _fits(c, hardware)]
-        if fitting:
-            found.fitting.append(min(fitting, key=lambda c: c.prediction.step_s))
-        elif candidates:
-            found.too_big.append(min(candidates, key=lambda c: c.prediction.fullest.total))
+    for settings in _layouts(config, gpus):
+        legal = list(_micro_batches(config, settings, gpus, found.refused))
+        _add_policies(found, legal, gpus, predictor)
     found.fitting.sort(key=_order)
     short, rest = found.fitting[:SHORT_LIST], found.fitting[SHORT_LIST:]
     exact = [replace(c, prediction=predictor.predict(c.config, gpus)) for c in short]
@@ -77,33 +74,28 @@ def _order(candidate: Candidate) -> tuple[float, int]:
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[dict[str, object]]:
-    """Settings of `parallel`, legal or not."""
+    """Settings of `parallel` that recompute nothing, legal or not."""
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp in divisors:
         for pp in (n for n in divisors if gpus % (tp * n) == 0):
             for virtual_stages in range(1, MOST_VIRTUAL_STAGES + 1 if pp > 1 else 2):
                 for sequence_parallel in (False, True)[: min(tp, 2)]:
                     for zero in (0, 1, 2, 3):
-                        for recompute in ("none", "layer"):
-                            yield {
-                                "tp": tp,
-                                "pp": pp,
-                                "virtual_stages": virtual_stages,
-                                "sequence_parallel": sequence_parallel,
-                                "zero": zero,
-                                "recompute": recompute,
-                                "reduce_bucket": config.parallel.reduce_bucket,
-                            }
+                        yield {
+                            "tp": tp,
+                            "pp": pp,
+                            "virtual_stages": virtual_stages,
+                            "sequence_parallel": sequence_parallel,
+                            "zero": zero,
+                            "recompute": "none",
+                            "reduce_bucket": config.parallel.reduce_bucket,
+                        }
 
 
 def _micro_batches(
-    config: Config,
-    settings: dict[str, object],
-    gpus: int,
-    predictor: Predictor,
-    refused: Counter[str],
-) -> Iterator[Candidate]:
-    """Candidates of one layout, one for each micro-batch that the batch is a multiple of."""
+    config: Config, settings: dict[str, object], gpus: int, refused: Counter[str]
+) -> Iterator[Config]:
+    """`config` in one layout, with each micro-batch that the batch is a multiple of."""
     try:
         parallel = ParallelConfig.model_validate(settings)
         whole = config.model_validate({**dict(config), "parallel": parallel})
@@ -111,8 +103,7 @@ def _micro_batches(
     except ValueError as error:
         refused[_reason(error)] += 1
         return
-    dp = gpus // (parallel.pp * parallel.tp)
-    share = config.recipe.batch // dp
+    share = config.recipe.batch // (gpus // (parallel.pp * parallel.tp))
     sizes = [n for n in range(1, min(share, MOST_MICRO_BATCH) + 1) if share % n == 0]
     for micro_batch in sizes or [1]:
         recipe = whole.recipe.model_copy(update={"micro_batch": micro_batch})
@@ -122,12 +113,44 @@ def _micro_batches(
         except ValueError as error:
             refused[_reason(error)] += 1
             continue
-        prediction = predictor.predict(candidate, gpus, exact=False)
-        yield Candidate(candidate, dp, prediction)
+        yield candidate
 
 
-def _fits(candidate: Candidate, hardware: Hardware) -> bool:
-    return candidate.prediction.fullest.total <= hardware.memory_gib * GIB
+def _add_policies(found: Search, legal: Sequence[Config], gpus: int, predictor: Predictor) -> None:
+    """The best micro-batch of a layout with each recompute policy.
+
+    A policy is tried with micro-batches that do not fit where less is recomputed: with the others
+    it could only be slower.
+    """
+    room = predictor.hardware.memory_gib * GIB
+    fits: dict[Recompute, set[int]] = {}
+    for recompute in SPANS:
+        less = [p for p in fits if computed_again(p) < computed_again(recompute)]
+        fit_already = {micro_batch for policy in less for micro_batch in fits[policy]}
+        tried = [
+            _with_recompute(config, recompute)
+            for config in legal
+            if config.recipe.micro_batch not in fit_already
+        ]
+        needs = [predictor.fullest(config, gpus) for config in tried]
+        fitting = [config for config, need in zip(tried, needs, strict=True) if need <= room]
+        fits[recompute] = {config.recipe.micro_batch for config in fitting}
+        candidates = [_candidate(config, gpus, predictor) for config in fitting]
+        if candidates:
+            found.fitting.append(min(candidates, key=lambda c: c.prediction.step_s))
+        elif tried:
+            least = tried[needs.index(min(needs))]
+            found.too_big.append(_candidate(least, gpus, predictor))
+
+
+def _with_recompute(config: Config, recompute: Recompute) -> Config:
+    parallel = config.parallel.model_copy(update={"recompute": recompute})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def _candidate(config: Config, gpus: int, predictor: Predictor) -> Candidate:
+    prediction = predictor.predict(config, gpus, exact=False)
+    return Candidate(config, replicas(config, gpus), prediction)
 
 
 def _reason(error: ValueError) -> str:

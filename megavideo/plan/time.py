@@ -21,7 +21,7 @@ from megavideo.model.recompute import SPANS, Sublayer, computed_again
 from megavideo.plan.activations import ELEMENT_BYTES
 from megavideo.plan.hardware import Hardware, Link
 from megavideo.plan.memory import layer_parameters
-from megavideo.plan.runs import layers_of_rank
+from megavideo.plan.runs import stages_of
 
 # How the attention backend of a profile goes over the pairs (layout/tiles.py).
 TILES: dict[str, Attention] = {"library": "library", "sdpa": "blocks", "reference": "blocks"}
@@ -298,8 +298,8 @@ def _trained(model: ModelConfig, base: bool) -> int:
     return sum(prod(row.shape) for row in rows if base or row.trainable)
 
 
-def trained_and_held(config: Config, rank: int) -> tuple[int, int]:
-    """Elements that a rank of a pipeline stage trains, and all that it holds."""
+def trained_and_held(config: Config) -> list[tuple[int, int]]:
+    """Elements that a rank of each pipeline stage trains, and all that it holds."""
     parameters = layer_parameters(config)
-    held = [parameters[layer] for layer in layers_of_rank(config, rank)]
-    return sum(h.trained for h in held), sum(h.trained + h.frozen for h in held)
+    stages = [[parameters[layer] for layer in layers] for layers in stages_of(config)]
+    return [(sum(h.trained for h in s), sum(h.trained + h.frozen for h in s)) for s in stages]

@@ -11,8 +11,10 @@ from PIL import Image
 
 from megavideo.config.layout_names import parse_layout
 from megavideo.config.load import load_config
+from megavideo.model.recompute import SPANS, computed_again
 from megavideo.plan.command import UNUSED, main
 from megavideo.plan.hardware import load_hardware
+from megavideo.plan.predict import GIB, Predictor
 from megavideo.plan.search import search
 from tests.unit.model.test_model import CONFIGS, config
 
@@ -76,6 +78,23 @@ def test_layouts_are_those_that_training_allows_and_fastest_comes_first() -> Non
     assert {p.zero for p in parallels} == {1, 2, 3}  # 0 would add up in bf16
     assert all(p.zero == 1 for p in parallels if p.pp > 1)
     assert any("does not divide model.heads" in reason for reason in found.refused)
+
+
+def test_only_what_does_not_fit_otherwise_is_recomputed() -> None:
+    settled = config("demo", "demo-stage1", "recipe.precision=bf16")
+    roomy = load_hardware("h100-80")
+    assert all(c.config.parallel.recompute == "none" for c in search(settled, 2, roomy).fitting)
+    tight = roomy.model_copy(update={"reserve_gib": 0.0, "memory_gib": 0.04})
+    found, predictor = search(settled, 2, tight), Predictor(tight)
+    assert {c.config.parallel.recompute for c in found.fitting} == set(SPANS)
+    for candidate in found.fitting:
+        parallel = candidate.config.parallel
+        assert candidate.prediction.fullest.total <= 0.04 * GIB
+        for less in SPANS:
+            if computed_again(less) < computed_again(parallel.recompute):
+                other = parallel.model_copy(update={"recompute": less})
+                settled = candidate.config.model_copy(update={"parallel": other})
+                assert predictor.fullest(settled, 2) > 0.04 * GIB
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_the_least_that_it_needs() -> None:

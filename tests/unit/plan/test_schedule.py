@@ -4,6 +4,7 @@ import pytest
 
 from megavideo.plan.schedule import (
     ideal_seconds,
+    in_flight,
     most_in_flight,
     orders,
     pipeline_seconds,
@@ -57,7 +58,7 @@ def test_a_long_schedule_need_not_be_gone_through(chunks: int, micro_batches: in
 
 
 def test_the_first_rank_keeps_most_and_virtual_stages_keep_more() -> None:
-    plain = orders(4, 1, 16)
-    assert [most_in_flight(order, [12] * 4) for order in plain] == [48, 36, 24, 12]
-    interleaved = most_in_flight(orders(4, 2, 16)[0], [6] * 8)
+    plain = in_flight(4, 1, 16)
+    assert [most_in_flight(moments, [12]) for moments in plain] == [48, 36, 24, 12]
+    interleaved = most_in_flight(in_flight(4, 2, 16)[0], [6, 6])
     assert interleaved == (4 + 2 * 3 + 1) * 6 > 48
