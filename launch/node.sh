@@ -21,7 +21,7 @@ if [[ $dry_run ]]; then
     exit
 fi
 
-# shellcheck disable=SC2329  # a trap calls it
+# shellcheck disable=SC2317,SC2329  # a trap calls it
 stop() {
     interrupted=1
     [[ $1 == again || ! $stopped ]] || return 0

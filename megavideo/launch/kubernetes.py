@@ -1,7 +1,7 @@
 """Fill in a Kubernetes template of launch/k8s/ for one run; launch/k8s.sh calls this.
 
-The template is read as data and written as data: no value can become YAML of its own, and nothing
-passes through a shell, neither here nor in the pod.
+The template is read as data and written as data: no value can become YAML of its own, nothing
+passes through a shell, neither here nor in the pod, and Kubernetes finds no variable to expand.
 """
 
 import json
@@ -65,7 +65,7 @@ def render(template: Path, wishes: Wishes) -> str:
     if kind == "JobSet":
         _fill_jobset(tree["spec"], wishes)
     elif kind == "PyTorchJob":
-        _fill_pytorchjob(tree["spec"]["pytorchReplicaSpecs"], wishes)
+        _fill_pytorchjob(tree["spec"], wishes)
     else:
         raise ValueError(f"{template}: kind {kind!r} is neither JobSet nor PyTorchJob")
     return _dump(tree)
@@ -79,7 +79,10 @@ def _fill_jobset(spec: Any, wishes: Wishes) -> None:
     _fill_pod(job["template"]["spec"], meeting, wishes)
 
 
-def _fill_pytorchjob(replicas: Any, wishes: Wishes) -> None:
+def _fill_pytorchjob(spec: Any, wishes: Wishes) -> None:
+    # The operator adds up restarts over all pods, and one that is lost makes each start again.
+    spec["runPolicy"]["backoffLimit"] *= wishes.nodes
+    replicas = spec["pytorchReplicaSpecs"]
     for replica in replicas.values():
         _fill_pod(replica["template"]["spec"], f"{wishes.name}-master-0", wishes)
     if wishes.nodes > 1:

@@ -128,6 +128,8 @@ def test_a_pytorchjob_has_a_master_and_the_others() -> None:
     tree = YAML(typ="safe", pure=True).load(render(K8S / "pytorchjob.yaml", WISHES))
     replicas = tree["spec"]["pytorchReplicaSpecs"]
     assert (replicas["Master"]["replicas"], replicas["Worker"]["replicas"]) == (1, 3)
+    # The operator counts restarts of all pods together.
+    assert tree["spec"]["runPolicy"]["backoffLimit"] == 4 * 20
     for replica in replicas.values():
         (container,) = replica["template"]["spec"]["containers"]
         assert container["name"] == "pytorch"
