@@ -89,6 +89,7 @@ def measure(config: Config, threads: int, samples: int) -> Row:
         "tokens_per_s": rate * config.model.grid.sequence,
         "wait_s": {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]},
         "bad_samples": stream.bad_samples,
+        "cut_texts": stream.cut_texts,
         "data": data.train,
         **environment(torch.device("cpu")),
         "config": config.model_dump(mode="json", include={"model", "recipe", "data"}),

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
+import torch
+
 from megavideo.config.schema import Config
 from megavideo.data.batch import Batch, BatchStream
 from megavideo.engine.engine import Engine, StepResult
@@ -11,6 +13,7 @@ from megavideo.engine.errors import RunFailed
 from megavideo.engine.snapshot import Saved, Saver
 from megavideo.log import log, progress
 from megavideo.train.evaluate import held_out_loss
+from megavideo.train.metrics import Row
 from megavideo.train.record import Recorder
 from megavideo.train.stop import StopRequest, stop_on_signals
 
@@ -125,12 +128,19 @@ def _do_what_is_due(run: Run) -> None:
         return every > 0 and (run.step % every == 0 or last)
 
     if due(settings.log_every):
-        run.recorder.write_steps(run.step, run.training.bad_samples)
+        run.recorder.write_steps(run.step, _data_counts(run))
     with run.recorder.paused():
         if due(settings.evaluate_every):
             _evaluate(run)
         if due(settings.save_every):
             _save(run)
+
+
+def _data_counts(run: Run) -> Row:
+    """Damaged samples that were replaced, and texts that were cut, on all replicas so far."""
+    own = torch.tensor([run.training.bad_samples, run.training.cut_texts])
+    bad_samples, cut_texts = run.engine.world.total(own).tolist()
+    return {"bad_samples": bad_samples, "cut_texts": cut_texts}
 
 
 def _evaluate(run: Run) -> None:

@@ -43,10 +43,10 @@ class Recorder:
         finally:
             self._paused += time.perf_counter() - started
 
-    def write_steps(self, step: int, bad_samples: int) -> None:
-        """Write a row about the steps since the last one."""
+    def write_steps(self, step: int, data_counts: Row) -> None:
+        """Write a row about the steps since the last one, and about the data since the start."""
         if self._metrics:
-            self._metrics.write(step, {**self._row(), "bad_samples": bad_samples})
+            self._metrics.write(step, self._row() | data_counts)
         self._begin_row()
 
     def write_held_out(self, step: int, held_out: HeldOut) -> None:

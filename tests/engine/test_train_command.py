@@ -80,7 +80,8 @@ def test_ten_steps_and_ten_more_equal_twenty(dataset: Path, unbroken: Path, tmp_
 
 
 def test_a_signal_to_one_rank_saves_and_ends_well(dataset: Path, tmp_path: Path) -> None:
-    line = _line(TWO, "train", dataset, tmp_path, "--set", "recipe.steps=100000")
+    settings = ("recipe.steps=100000", "model.text_slots=4")  # too few for any text: all are cut
+    line = _line(TWO, "train", dataset, tmp_path, *(w for s in settings for w in ("--set", s)))
     with subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         _wait_for(tmp_path / "checkpoints" / "latest", process)
         os.kill(_a_worker_of(process.pid), signal.SIGTERM)
@@ -91,6 +92,8 @@ def test_a_signal_to_one_rank_saves_and_ends_well(dataset: Path, tmp_path: Path)
     assert checkpoint is not None
     step = read_training(checkpoint).progress.step
     assert f"stopping at step {step}" in log
+    counts = [(row["step"], row["cut_texts"]) for row in read_rows(tmp_path) if "cut_texts" in row]
+    assert counts and all(cut == 4 * step for step, cut in counts), "of both ranks' samples"
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
