@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.scenes import COLORS, MOTIONS, draw_scene, make_scene
-from megavideo.files import atomic_write
+from megavideo.files import write_json
 
 COLOR_NAMES, MOTION_NAMES = list(COLORS), list(MOTIONS)
 DIRECTIONS = ["moves to the left", "moves to the right", "moves up", "moves down"]
@@ -194,13 +194,7 @@ def main(folder: Path, image_tokenizer: Path, output: Path | None) -> None:
             f"{row.chance:>6.1%}"
         )
     if output is not None:
-        with atomic_write(output) as file:
-            file.write(
-                json.dumps(
-                    [asdict(row) | {"chance": row.chance} for row in rows], indent=1
-                ).encode()
-                + b"\n"
-            )
+        write_json(output, [asdict(row) | {"chance": row.chance} for row in rows])
 
 
 if __name__ == "__main__":

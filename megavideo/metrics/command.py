@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import torch
 
-from megavideo.files import write_json
+from megavideo.figures import report_figures
 from megavideo.metrics.clips import Cut, read_clips
 from megavideo.metrics.frechet import fit, frechet_distance
 from megavideo.metrics.inception import inception_score
@@ -111,7 +111,7 @@ def main(
         logits = network.outputs(read_clips(generated, cut, limit), batch)
         result["generated_clips"] = len(logits)
         result["inception_score"], result["inception_std"] = inception_score(logits, splits)
-    _report(result, output)
+    report_figures(result, output)
 
 
 def _parse(arguments: Sequence[str]) -> dict[str, bool]:
@@ -123,13 +123,6 @@ def _parse(arguments: Sequence[str]) -> dict[str, bool]:
             raise ValueError(f"--argument {argument}: write NAME=true or NAME=false")
         parsed[name] = values[value]
     return parsed
-
-
-def _report(result: dict[str, str | int | float], output: Path | None) -> None:
-    for name, value in result.items():
-        click.echo(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
-    if output is not None:
-        write_json(output, result)
 
 
 if __name__ == "__main__":

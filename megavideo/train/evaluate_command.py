@@ -14,7 +14,7 @@ from megavideo.data.batch import Batch, BatchStream, open_stream
 from megavideo.engine.objective import Objective
 from megavideo.engine.weights import load_model
 from megavideo.engine.world import World, join_world
-from megavideo.files import write_json
+from megavideo.figures import report_figures
 from megavideo.train.command import load_on_all_ranks
 from megavideo.train.evaluate import frame_accuracies, held_out_means
 from megavideo.train.metrics import by_frame
@@ -61,7 +61,7 @@ def main(
         **scores,
     }
     if world.rank == 0:
-        _report(result, output)
+        report_figures(result, output)
     torch.distributed.destroy_process_group()
 
 
@@ -106,13 +106,6 @@ def _open_stream(config: Config) -> BatchStream:
     if config.data.validation is None:
         raise ValueError("data.validation is not set: name a folder of held-out shards")
     return open_stream(config.data, config.model, config.recipe, config.data.validation)
-
-
-def _report(result: dict[str, str | int | float], output: Path | None) -> None:
-    for name, value in result.items():
-        click.echo(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
-    if output is not None:
-        write_json(output, result)
 
 
 if __name__ == "__main__":
