@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from megavideo.checkpoint.commit import condemned, list_checkpoints, prune
 from megavideo.checkpoint.describe import describe, differences
 from megavideo.checkpoint.formats.detect import open_checkpoint
-from megavideo.checkpoint.formats.interface import Reader, check_whole
+from megavideo.checkpoint.formats.interface import Reader, Source, check_whole
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.log import progress
 
@@ -54,9 +55,10 @@ def verify(paths: tuple[Path, ...]) -> None:
     Exits with 1 if anything is damaged.
     """
     damaged = 0
+    bases: dict[Path, str | None] = {}
     for path in [found for given in paths for found in list_checkpoints(given) or [given]]:
         try:
-            count = _verify(path)
+            count = _verify(path, bases)
         except (ValueError, OSError) as error:
             damaged += 1
             click.echo(f"{path}: DAMAGED: {error}")
@@ -105,16 +107,42 @@ def prune_command(run: Path, keep_last: int, keep_every: int, dry_run: bool) -> 
         prune(run, keep_last, keep_every)
 
 
-def _verify(path: Path) -> int:
-    """Read everything; the number of tensors."""
+def _verify(path: Path, bases: dict[Path, str | None]) -> int:
+    """Read everything; the number of tensors.
+
+    Args:
+        bases: what is wrong with those that were read before, or None. A run's checkpoints share
+            one, which is most of their bytes: it is read once.
+    """
     reader = _open_exactly(path)
     check_whole(reader)
     reader.verify_files()
-    with progress(f"verifying {path.name}", len(reader.tensors)) as advance:
-        for name in reader.tensors:
-            reader.read(name)
-            advance()
+    base = reader.frozen if isinstance(reader, RunReader) else None
+    if base is None:
+        _read(reader, reader.tensors, path.name)
+    else:
+        if base.path not in bases:
+            bases[base.path] = _problem(base)
+        if problem := bases[base.path]:
+            raise ValueError(problem)
+        _read(reader, reader.tensors.keys() - base.tensors.keys(), path.name)
     return len(reader.tensors)
+
+
+def _problem(base: Source) -> str | None:
+    """Read all of `base`: what is wrong with it."""
+    try:
+        _read(base, base.tensors, f"base {base.path.name}")
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _read(source: Source, names: Collection[str], title: str) -> None:
+    with progress(f"verifying {title}", len(names)) as advance:
+        for name in names:
+            source.read(name)
+            advance()
 
 
 def _open_exactly(path: Path) -> Reader:

@@ -35,7 +35,8 @@ class RunReader(Reader):
         self.path = checkpoint.parent.parent
         self.training = manifest.training
         self.trained = Parts(checkpoint, manifest)
-        self.frozen = self.training.base and open_base(self.path, self.training.base)
+        base = self.training.base
+        self.frozen = open_base(self.path, base) if base else None
         folders = [(self.trained, MANIFEST)]
         if self.frozen:
             folders.append((self.frozen, WEIGHTS_MANIFEST))

@@ -1,5 +1,6 @@
 """`megavideo checkpoint` says what is there, what is damaged, what differs, and removes the old."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from click.testing import CliRunner, Result
 from megavideo.checkpoint.command import main
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.convert_command import main as convert
+from megavideo.checkpoint.parts import Parts
 from tests.unit.checkpoint.samples import weights, write_run, write_split_sat
 
 MOMENTS = "optimizer.layers.1.tp-00-of-01.safetensors"
@@ -48,6 +50,22 @@ def test_verify_reads_every_checkpoint_and_exits_with_1(tmp_path: Path) -> None:
     assert result.output.count(": whole, ") == 2 and "step-00000010: DAMAGED" in result.output
     flip(next((tmp_path / "run" / "base").glob("*/layers.0.*")))
     assert command("verify", tmp_path / "run").output.count("DAMAGED") == 2
+
+
+def test_verify_reads_a_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30):
+        tensors = write_run(tmp_path, step=step)
+    reads = Counter[tuple[Path, str]]()
+    read = Parts.read
+    monkeypatch.setattr(
+        Parts, "read", lambda self, name: reads.update([(self.path, name)]) or read(self, name)
+    )
+    result = command("verify", tmp_path)
+    assert result.output.count(f": whole, {len(tensors)} tensors") == 3
+    assert set(reads.values()) == {1}
+    names = [name for _, name in reads]
+    assert set(names) == set(tensors) and "embedding.word" in names
+    assert len(names) < 3 * len(tensors)
 
 
 def test_diff_counts_tensors_and_measures_them(tmp_path: Path) -> None:
