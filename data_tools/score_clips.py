@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavideo import options
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.scenes import COLORS, MOTIONS, draw_scene, make_scene
 from megavideo.files import write_json
@@ -165,10 +166,8 @@ class Score:
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--image-tokenizer", type=click.Path(path_type=Path), required=True, help="VQ-VAE model."
-)
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the result here.")
+@options.image_tokenizer
+@options.json_output
 def main(folder: Path, image_tokenizer: Path, output: Path | None) -> None:
     """Judge the videos in FOLDER (of `megavideo generate`) by their prompts.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from megavideo import options
 from megavideo.data.captions import read_captions
 from megavideo.data.sample import TokenClip
 from megavideo.data.shards import Making, Sidecar, remove_shard, write_shard
@@ -40,17 +41,9 @@ MIN_BROKEN = 100  # below it, a share says little
 @click.command()
 @click.argument("captions", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option(
-    "--videos",
-    type=click.Path(path_type=Path),
-    help="Folder that the paths in the table start from.  [default: the table's folder]",
-)
-@click.option(
-    "--text-tokenizer", type=click.Path(path_type=Path), required=True, help="sentencepiece model."
-)
-@click.option(
-    "--image-tokenizer", type=click.Path(path_type=Path), required=True, help="VQ-VAE model."
-)
+@options.videos_folder
+@options.text_tokenizer
+@options.image_tokenizer
 @click.option(
     "--video-fps",
     type=click.FloatRange(min=0, min_open=True),

@@ -9,6 +9,7 @@ import click
 import numpy as np
 import torch
 
+from megavideo import options
 from megavideo.data.frame_pool import FramePool, load_frames
 from megavideo.data.image_tokenizer import (
     RATES,
@@ -17,11 +18,10 @@ from megavideo.data.image_tokenizer import (
     frames_of,
     images_of,
 )
-from megavideo.data.image_training import ImageTrainer, ImageTraining, Pools, Score
+from megavideo.data.image_training import ImageTrainer, ImageTraining
 from megavideo.data.pictures import contact_sheet
-from megavideo.data.workers import num_cores
+from megavideo.data.trainer_file import train_with_checkpoints
 from megavideo.files import atomic_path
-from megavideo.log import log, progress
 
 PREVIEW_FRAMES, PREVIEW_ROW = 24, 12
 PREVIEW_SIDE = 128  # pixels; smaller frames are enlarged
@@ -36,23 +36,6 @@ def pixel_statistics(frames: np.ndarray) -> tuple[Rgb, Rgb]:
     mean = (pixels.mean(0) / 255).tolist()
     std = np.maximum(pixels.std(0) / 255, 0.01).tolist()  # one flat colour has none
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
-
-
-def run(trainer: ImageTrainer, pools: Pools, checkpoint: Path, save_every: int) -> None:
-    """Train to the end with a bar, from `checkpoint` if it exists, saving it now and then."""
-    if checkpoint.exists():
-        trainer.resume(checkpoint)
-        log.info("resumed %s at step %d", checkpoint, trainer.step)
-    steps = trainer.training.steps
-    with progress("training", total=steps) as advance:
-        advance(trainer.step)
-
-        def after_step(loss: float, score: Score) -> None:
-            advance(note=f"loss {loss:.3f}, {score}")
-            if trainer.step % save_every == 0 and trainer.step < steps:
-                trainer.save(checkpoint)
-
-        trainer.train(pools, after_step)
 
 
 def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> None:
@@ -113,13 +96,7 @@ def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> 
     type=click.IntRange(min=8),
     help="Train the first 70% of the steps on squares of so many pixels. [default: whole frames]",
 )
-@click.option(
-    "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
-    default=3e-4,
-    show_default=True,
-    help="At its highest; it warms up and then falls to zero along a cosine.",
-)
+@options.learning_rate(3e-4)
 @click.option(
     "--frames",
     "limit",
@@ -135,31 +112,15 @@ def write_preview(path: Path, tokenizer: ImageTokenizer, frames: np.ndarray) -> 
     show_default=True,
     help="Frames per second of video to draw from.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@options.seed
 @click.option(
     "--preview",
     type=click.Path(dir_okay=False, path_type=Path),
     help="PNG of held-out frames beside their reconstructions.",
 )
-@click.option(
-    "--save-every",
-    type=click.IntRange(min=1),
-    default=500,
-    show_default=True,
-    help="Steps between checkpoints, from which an interrupted run continues.",
-)
-@click.option(
-    "--device",
-    default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-    show_default="cuda if there is one",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=num_cores,
-    show_default="one per core",
-    help="Processes that read the files.",
-)
+@options.save_every
+@options.device
+@options.reading_workers
 def main(
     folder: Path,
     out: Path,
@@ -209,7 +170,7 @@ def main(
         torch.device(device),
     )
     checkpoint = out.with_name(out.name + ".checkpoint")
-    run(trainer, [pool.train for pool in pools], checkpoint, save_every)
+    train_with_checkpoints(trainer, [pool.train for pool in pools], checkpoint, save_every)
     _finish(trainer, pools[0], out, preview)
     checkpoint.unlink(missing_ok=True)
     click.echo(f"{out}: {_summary(trainer, pools)} in {time.monotonic() - started:.1f} s")

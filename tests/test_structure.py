@@ -65,7 +65,7 @@ ALLOWED = {
     "report": {"config", "layout", "model", "data", "checkpoint", "engine", "train", "generate"},
     "data_tools": {"config", "layout", "sampling", "data"},
 }
-SHARED = {"log", "files", "figures"}
+SHARED = {"log", "files", "figures", "options"}
 
 
 def imports(path: Path) -> set[str]:

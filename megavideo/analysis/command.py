@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from megavideo import options
 from megavideo.analysis.mass import KINDS, MassRecorder
 from megavideo.checkpoint.manifest import read_training
 from megavideo.checkpoint.sources import find_checkpoint
@@ -34,7 +35,7 @@ Row = dict[str, str | int | float]
     "--samples", type=click.IntRange(min=1), default=8, show_default=True,
     help="Clips that attention is read on.",
 )  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@options.cpu_or_cuda
 def main(run: Path, output: Path, data: str | None, samples: int, device: str) -> None:
     """Plot how a text-to-video model of RUN uses its channels.
 

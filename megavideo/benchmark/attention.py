@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from megavideo import options
 from megavideo.benchmark.contenders import CONTENDERS, REORDERED, CannotRun, Problem, Ready
 from megavideo.benchmark.harness import Ceilings, environment, measure_ceilings, time_interleaved
 from megavideo.files import atomic_path, atomic_write
@@ -180,9 +181,7 @@ def _call(ready: Ready, direction: str) -> Callable[[], object]:
 
 
 @click.command()
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for results."
-)
+@options.results_folder
 @click.option("--device", default="cuda", show_default=True, help="cuda, or cpu to try it out.")
 @click.option("--batch", multiple=True, default=(4, 8), show_default=True, help="Repeatable.")
 @click.option("--dropout", multiple=True, default=(0.0, 0.1), show_default=True, help="Likewise.")

@@ -15,6 +15,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from megavideo import options
 from megavideo.benchmark.harness import environment, time_interleaved
 from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.files import atomic_write
@@ -119,10 +120,8 @@ def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str,
 
 
 @click.command()
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for results."
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@options.results_folder
+@options.cpu_or_cuda
 @click.option("--batch", multiple=True, default=(1, 8), show_default=True, help="Repeatable.")
 @click.option("--hidden", default=128, show_default=True)
 @click.option("--heads", default=4, show_default=True)

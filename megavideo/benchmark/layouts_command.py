@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from megavideo import options
 from megavideo.benchmark.plan_check import prediction_page, with_predictions
 from megavideo.benchmark.results import Row, write_results
 from megavideo.benchmark.step import Window
@@ -24,17 +25,10 @@ LAYOUTS = "dp2-zero1 dp2-zero3 tp2 tp2-sp pp2 pp2-vp2"
 
 @click.command()
 @config_arguments
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for results."
-)
-@click.option(
-    "--layouts", default=LAYOUTS, show_default=True,
-    help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp offload recompute (or "
-    "recompute-attention, -mlp, -none), joined by '-'. What a name leaves out is as the "
-    "configuration has it; sizes are 1.",
-)  # fmt: skip
+@options.results_folder
+@options.layouts(LAYOUTS)
 @window_options
-@click.option("--deadline", default=600.0, show_default=True, help="Seconds a layout may take.")
+@options.layout_deadline(600.0)
 @click.option(
     "--check-plan", "profile",
     help="Hardware as `megavideo plan --gpu` takes it, best what `megavideo calibrate` wrote here: "

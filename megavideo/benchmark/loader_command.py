@@ -8,6 +8,7 @@ from statistics import quantiles
 import click
 import torch
 
+from megavideo import options
 from megavideo.benchmark.harness import environment
 from megavideo.benchmark.results import Row, bars, conditions, table, write_results
 from megavideo.benchmark.step_command import ALWAYS
@@ -22,9 +23,7 @@ COLUMNS = ["threads", "samples/s", "tokens/s", "wait for a micro-batch, ms (p20-
 
 @click.command()
 @config_arguments
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for results."
-)
+@options.results_folder
 @click.option(
     "--threads", default="1 2 4", show_default=True, help="Numbers of reading threads to measure."
 )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import torch
 
+from megavideo import options
 from megavideo.benchmark.published import check_published
 from megavideo.benchmark.results import Row, write_results
 from megavideo.benchmark.step import (
@@ -57,9 +58,7 @@ def window_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @config_arguments
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for results."
-)
+@options.results_folder
 @window_options
 @click.option(
     "--synthetic/--data", default=True, show_default=True,

@@ -1,8 +1,9 @@
-"""What the small one-process trainers share: their learning rate, and the file they go on from."""
+"""What the small one-process trainers share: their learning rate, their loop, their checkpoints."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megavideo.files import atomic_path
+from megavideo.log import log, progress
 
 
 def warm_cosine(step: int, steps: int, warmup: float) -> float:
@@ -19,6 +21,34 @@ def warm_cosine(step: int, steps: int, warmup: float) -> float:
         return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
     return (1 + math.cos(math.pi * done)) / 2
+
+
+class Trainer(Protocol):
+    """A model in training; `train` calls `after_step(loss, more to show)` after each step."""
+
+    step: int
+    training: Any
+
+    def train(self, data: Any, /, after_step: Callable[..., None]) -> None: ...
+    def save(self, path: Path) -> None: ...
+    def resume(self, path: Path) -> None: ...
+
+
+def train_with_checkpoints(trainer: Trainer, data: Any, path: Path, save_every: int) -> None:
+    """Train to the end with a bar, from the checkpoint at `path` if it exists, saving it often."""
+    if path.exists():
+        trainer.resume(path)
+        log.info("resumed %s at step %d", path, trainer.step)
+    steps = trainer.training.steps
+    with progress("training", total=steps) as advance:
+        advance(trainer.step)
+
+        def after_step(loss: float, *more: object) -> None:
+            advance(note=", ".join([f"loss {loss:.3f}", *map(str, more)]))
+            if trainer.step % save_every == 0 and trainer.step < steps:
+                trainer.save(path)
+
+        trainer.train(data, after_step)
 
 
 def save_trainer(

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import torch
 
+from megavideo import options
 from megavideo.figures import report_figures
 from megavideo.metrics.clips import Cut, read_clips
 from megavideo.metrics.frechet import fit, frechet_distance
@@ -56,11 +57,8 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Clips at once."
 )
-@click.option(
-    "--device", default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-    show_default="cuda if there is one",
-)  # fmt: skip
-@click.option("--json", "output", type=FILE, help="Write the result here.")
+@options.device
+@options.json_output
 def main(
     real: Path,
     generated: Path,

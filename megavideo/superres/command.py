@@ -7,6 +7,7 @@ import click
 import numpy as np
 import torch
 
+from megavideo import options
 from megavideo.checkpoint.manifest import read_training
 from megavideo.checkpoint.sources import find_checkpoint, open_base_weights
 from megavideo.config.schema import ModelConfig
@@ -15,9 +16,8 @@ from megavideo.data.image_tokenizer import ImageTokenizer
 from megavideo.data.pictures import contact_sheet
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.data.tokenizing import is_held_out
-from megavideo.data.workers import num_cores
+from megavideo.data.trainer_file import train_with_checkpoints
 from megavideo.files import atomic_path
-from megavideo.log import log, progress
 from megavideo.superres.checkpoint import Origin, save
 from megavideo.superres.config import DirectConfig
 from megavideo.superres.pairs import Pairs, Reading, load_pairs
@@ -33,9 +33,7 @@ PREVIEW_FRAMES = 6
     "--base", type=click.Path(path_type=Path), required=True,
     help="A run of stage image: its weights are kept frozen.",
 )  # fmt: skip
-@click.option(
-    "--text-tokenizer", type=click.Path(path_type=Path), required=True, help="sentencepiece model."
-)
+@options.text_tokenizer
 @click.option(
     "--image-tokenizer", type=click.Path(path_type=Path), required=True,
     help="VQ-VAE, best trained on both sizes of picture.",
@@ -43,10 +41,7 @@ PREVIEW_FRAMES = 6
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of the new model."
 )
-@click.option(
-    "--videos", type=click.Path(path_type=Path),
-    help="Folder that the paths in the table start from.  [default: the table's folder]",
-)  # fmt: skip
+@options.videos_folder
 @click.option(
     "--holdout", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1,
     show_default=True, help="Share of the captions whose videos are only measured.",
@@ -70,27 +65,15 @@ PREVIEW_FRAMES = 6
 @click.option(
     "--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Frames per step."
 )
-@click.option(
-    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3,
-    show_default=True, help="At its highest; it warms up and then falls to zero along a cosine.",
-)  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--save-every", type=click.IntRange(min=1), default=500, show_default=True,
-    help="Steps between checkpoints, from which an interrupted run continues.",
-)  # fmt: skip
+@options.learning_rate(1e-3)
+@options.seed
+@options.save_every
 @click.option(
     "--preview", type=click.Path(dir_okay=False, path_type=Path),
     help="PNG of held-out frames: small, enlarged by the model, and real.",
 )  # fmt: skip
-@click.option(
-    "--device", default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-    show_default="cuda if there is one",
-)  # fmt: skip
-@click.option(
-    "--workers", type=click.IntRange(min=1), default=num_cores, show_default="one per core",
-    help="Processes that read the videos.",
-)  # fmt: skip
+@options.device
+@options.reading_workers
 def main(
     captions: Path,
     base: Path,
@@ -139,7 +122,7 @@ def main(
         model, Training(steps, batch, learning_rate, seed), torch.device(device)
     )
     checkpoint = out / "training.safetensors"
-    run(trainer, train, checkpoint, save_every)
+    train_with_checkpoints(trainer, train, checkpoint, save_every)
     score = trainer.evaluate(held_out)
     save(out, model, Origin(text.digest, image.digest, steps))
     if preview:
@@ -149,23 +132,6 @@ def main(
         f"{out}: trained {steps} steps on {len(train)} frames; {len(held_out)} held-out frames: "
         f"{score}; {time.monotonic() - started:.1f} s"
     )
-
-
-def run(trainer: DirectTrainer, pairs: Pairs, checkpoint: Path, save_every: int) -> None:
-    """Train to the end with a bar, from `checkpoint` if it exists, saving it now and then."""
-    if checkpoint.exists():
-        trainer.resume(checkpoint)
-        log.info("resumed %s at step %d", checkpoint, trainer.step)
-    steps = trainer.training.steps
-    with progress("training", total=steps) as advance:
-        advance(trainer.step)
-
-        def after_step(loss: float) -> None:
-            advance(note=f"loss {loss:.3f}")
-            if trainer.step % save_every == 0 and trainer.step < steps:
-                trainer.save(checkpoint)
-
-        trainer.train(pairs, after_step)
 
 
 def write_preview(path: Path, trainer: DirectTrainer, image: ImageTokenizer, pairs: Pairs) -> None:

@@ -7,6 +7,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from megavideo import options
 from megavideo.checkpoint.sources import find_checkpoint
 from megavideo.config.command import config_arguments
 from megavideo.config.schema import Config
@@ -30,7 +31,7 @@ from megavideo.train.metrics import by_frame
     "--shuffle-captions", is_flag=True,
     help="Give every sample another one's caption: a model that reads text gets worse.",
 )  # fmt: skip
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the result here.")
+@options.json_output
 def main(
     files: tuple[str, ...],
     assignments: tuple[str, ...],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from megavideo import options
 from megavideo.config.command import config_arguments
 from megavideo.config.layout_names import Layout, parse_layout
 from megavideo.config.load import load_config
@@ -53,12 +54,7 @@ class Row:
 
 @click.command()
 @config_arguments
-@click.option(
-    "--layouts", default=LAYOUTS, show_default=True,
-    help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp offload recompute (or "
-    "recompute-attention, -mlp, -none), joined by '-'. What a name leaves out is as the "
-    "configuration has it; sizes are 1.",
-)  # fmt: skip
+@options.layouts(LAYOUTS)
 @click.option("--steps", default=3, show_default=True, help="Optimizer steps to compare.")
 @click.option("--batch", default=8, show_default=True, help="Samples a step.")
 @click.option(
@@ -76,8 +72,8 @@ class Row:
     "--update-tolerance", default=1e-4, show_default=True,
     help="Largest difference in a parameter's update, relative to the update's largest element.",
 )  # fmt: skip
-@click.option("--deadline", default=300.0, show_default=True, help="Seconds a layout may take.")
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the rows here.")
+@options.layout_deadline(300.0)
+@options.json_output
 def main(
     files: tuple[str, ...],
     assignments: tuple[str, ...],
