@@ -156,20 +156,7 @@ def _in_a_process(arguments: list[str]) -> Cost:
 def make_source(folder: Path, layers: int, hidden: int, words: int) -> None:
     """Weights and optimizer state as a run of stage keyframes has them, in half precision."""
     model = ModelConfig(
-        hidden=hidden,
-        heads=48,
-        layers=layers,
-        text_slots=64,
-        frames=5,
-        side=20,
-        vocab_size=words,
-        image_codes=20_000,
-        pad=20_003,
-        newline=20_004,
-        begin_of_image=words - 10,
-        position_rows=1024,
-        image_position=512,
-        frame_position_rows=2000,
+        hidden=hidden, heads=48, layers=layers, vocab_size=words, begin_of_image=words - 10
     )
     reader = Noise(model)
     config = {"recipe": {"stage": "keyframes"}, "model": model.model_dump(mode="json")}

@@ -4,27 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megavideo.config.schema import Config, ModelConfig
+from megavideo.config.schema import Config
 from megavideo.data.batch import Batch
 from megavideo.model.build import stage_grid
 from megavideo.verify import golden, made_up
+from tests.sizes import tiny
 
-MODEL = ModelConfig(
-    hidden=16,
-    heads=2,
-    layers=2,
-    text_slots=4,
-    frames=3,
-    side=2,
-    vocab_size=40,
-    image_codes=20,
-    pad=23,
-    newline=24,
-    begin_of_image=39,
-    position_rows=16,
-    image_position=8,
-    frame_position_rows=12,
-)
+MODEL = tiny()
 FINGERPRINT = "made-up data"
 
 

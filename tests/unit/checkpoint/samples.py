@@ -21,28 +21,14 @@ from megavideo.config.schema import ModelConfig, RecipeConfig
 from megavideo.model.table import parameter_table
 from megavideo.model.trainable import is_trainable
 from megavideo.parallel.shard import cut
+from tests.sizes import tiny
 
 HIDDEN = 16
 
 
 def model(words: int = 40, hidden: int = HIDDEN, layers: int = 2) -> ModelConfig:
     """A model that eight ranks can share; 40 words divide by eight, other counts may not."""
-    return ModelConfig(
-        hidden=hidden,
-        heads=8,
-        layers=layers,
-        text_slots=4,
-        frames=3,
-        side=2,
-        vocab_size=words,
-        image_codes=20,
-        pad=23,
-        newline=24,
-        begin_of_image=39,
-        position_rows=16,
-        image_position=8,
-        frame_position_rows=12,
-    )
+    return tiny(hidden=hidden, heads=8, layers=layers, vocab_size=words)
 
 
 def weights(
