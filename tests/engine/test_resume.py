@@ -55,6 +55,22 @@ def test_a_resume_is_exact(precision: str, zero: int, world: World, tmp_path: Pa
     assert_same_state(resumed, engine)
 
 
+def assert_resumes(world: World, settings: Config) -> None:
+    """Two steps on the ranks of `world`, a save, and a resume that goes on bit for bit."""
+    engine = build_engine(settings, world, FINGERPRINT)
+    replica = world.mesh.dp
+    batches = micro_batches(0, replica.rank, replica.size)
+    for _ in range(2):
+        engine.train_batch(batches)
+    save_checkpoint(engine, settings, FINGERPRINT)
+    resumed = build_engine(settings, world, FINGERPRINT)
+    assert resumed.progress.updates == 2
+    assert_same_state(resumed, engine)
+    again = resumed.train_batch(micro_batches(16, replica.rank, replica.size))
+    assert again.loss == engine.train_batch(batches).loss
+    assert_same_state(resumed, engine)
+
+
 def test_another_layout_goes_on_with_the_same_state(world: World, tmp_path: Path) -> None:
     saved = config(tmp_path, parallel={"zero": 3})
     engine = build_engine(saved, world, FINGERPRINT)

@@ -11,14 +11,14 @@ import torch
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
-from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.world import World, join_world
 from megavideo.model.build import canonical_parameters
 from megavideo.model.places import places
 from megavideo.parallel.mesh import Mesh
 from tests.engine.support import FINGERPRINT, config, micro_batches
-from tests.engine.test_nonfinite import assert_leaves_no_trace, assert_same_state
+from tests.engine.test_nonfinite import assert_leaves_no_trace
 from tests.engine.test_parity import ADAMW, SGD, assert_trains_like_golden
+from tests.engine.test_resume import DROPOUT, assert_resumes
 from tests.world import run_world
 
 # Recipe, optimizer, layout.
@@ -81,22 +81,7 @@ def _train_like_golden(folder: Path, cases: list[Case]) -> World:
 
 
 def _save_and_resume(world: World, run: Path, zero: int) -> None:
-    """Two steps with dropout, a save, and a resume that goes on bit for bit."""
-    layout = SLOTS | {"zero": zero}
-    dropout = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
-    settings = config(run, dropout, ADAMW, layout)
-    engine = build_engine(settings, world, FINGERPRINT)
-    dp = world.mesh.dp
-    batches = micro_batches(0, dp.rank, dp.size)
-    for _ in range(2):
-        engine.train_batch(batches)
-    save_checkpoint(engine, settings, FINGERPRINT)
-    resumed = build_engine(settings, world, FINGERPRINT)
-    assert resumed.progress.updates == 2
-    assert_same_state(resumed, engine)
-    again = resumed.train_batch(micro_batches(16, dp.rank, dp.size))
-    assert again.loss == engine.train_batch(batches).loss
-    assert_same_state(resumed, engine)
+    assert_resumes(world, config(run, DROPOUT, ADAMW, SLOTS | {"zero": zero}))
 
 
 def assert_goes_on_alone(world: World, run: Path) -> None:

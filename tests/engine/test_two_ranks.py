@@ -10,18 +10,17 @@ from torch import Tensor
 
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.part_file import write_part_file
-from megavideo.config.schema import Config
 from megavideo.engine import snapshot
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.frozen import FrozenWeights
-from megavideo.engine.snapshot import Saver, save_checkpoint
+from megavideo.engine.snapshot import Saver
 from megavideo.engine.world import World, join_world
 from megavideo.model.build import canonical_parameters
 from tests.engine.support import FINGERPRINT, config, micro_batches
-from tests.engine.test_nonfinite import HOMES, assert_leaves_no_trace, assert_same_state
+from tests.engine.test_nonfinite import HOMES, assert_leaves_no_trace
 from tests.engine.test_parity import ADAMW, SGD, assert_trains_like_golden
-from tests.engine.test_resume import DROPOUT
+from tests.engine.test_resume import DROPOUT, assert_resumes
 from tests.world import run_world
 
 
@@ -51,21 +50,6 @@ def _on_two_ranks(rank: int, folder: Path) -> None:
         run = folder / f"skip-{precision}-{zero}"
         settings = config(run, {"precision": precision}, parallel={"zero": zero})
         assert_leaves_no_trace(settings, world, harm)
-
-
-def assert_resumes(world: World, settings: Config) -> None:
-    """Two steps, a save, and a resume that goes on bit for bit."""
-    engine = build_engine(settings, world, FINGERPRINT)
-    replica = world.mesh.dp
-    batches = micro_batches(0, replica.rank, replica.size)
-    for _ in range(2):
-        engine.train_batch(batches)
-    save_checkpoint(engine, settings, FINGERPRINT)
-    resumed = build_engine(settings, world, FINGERPRINT)
-    assert_same_state(resumed, engine)
-    again = resumed.train_batch(micro_batches(16, replica.rank, replica.size))
-    assert again.loss == engine.train_batch(batches).loss
-    assert_same_state(resumed, engine)
 
 
 def assert_a_failure_on_one_rank_is_told_on_all(world: World, run: Path) -> None:
