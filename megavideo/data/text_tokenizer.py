@@ -12,12 +12,17 @@ from pathlib import Path
 import sentencepiece
 import xxhash
 
+from megavideo.log import log
+
 PAD_PIECE = 3
 NEWLINE_PIECE = 4
 SPECIAL_PIECES = {PAD_PIECE: "<pad>", NEWLINE_PIECE: "<n>"}
 
 # The prompt's first line is a duration such as "4.0秒"; these are in every vocabulary we train.
 REQUIRED_CHARACTERS = "0123456789.秒"
+
+# sentencepiece leaves out longer texts (4192 by default); it counts letters of a word in 16 bits.
+MAX_TEXT_BYTES = 65535
 
 
 class TextTokenizer:
@@ -110,6 +115,8 @@ def train_text_model(texts: Iterable[str], num_pieces: int) -> bytes:
     lines = [text for text in texts if text.strip()]
     if not lines:
         raise ValueError("there is no text to train a tokenizer on")
+    if too_long := sum(len(line.encode()) > MAX_TEXT_BYTES for line in lines):
+        log.warning("%d texts of more than %d bytes are left out", too_long, MAX_TEXT_BYTES)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -117,6 +124,7 @@ def train_text_model(texts: Iterable[str], num_pieces: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=num_pieces,
+            max_sentence_length=MAX_TEXT_BYTES,
             character_coverage=1.0,
             byte_fallback=True,
             split_digits=True,

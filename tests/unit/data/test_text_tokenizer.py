@@ -96,3 +96,13 @@ def test_a_model_with_other_special_pieces_says_which(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match=r"piece 3 is .*, expected '<pad>'"):
         TextTokenizer(path)
+
+
+def test_a_long_text_counts_and_one_that_is_too_long_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "text.model").write_bytes(train_text_model([*CAPTIONS, "zebra " * 1000], 350))
+    assert len(TextTokenizer(tmp_path / "text.model", 50).encode("zebra")) == 1
+    assert not caplog.records
+    train_text_model([*CAPTIONS, "a" * 70_000], 350)
+    assert "1 texts of more than 65535 bytes are left out" in caplog.text
