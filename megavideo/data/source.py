@@ -56,7 +56,15 @@ class ShardReader:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes, fewer only where the file ends. OSError after the last try."""
-        return with_retries(lambda: self._open(shard).read(offset, size), self.retries)
+
+        def read() -> bytes:
+            try:
+                return self._open(shard).read(offset, size)
+            except OSError:
+                self._open.cache_clear()  # NFS may have made the open file stale for good
+                raise
+
+        return with_retries(read, self.retries)
 
     def renew(self, shard: int) -> None:
         """Forget what is known about a shard that gave damaged bytes."""

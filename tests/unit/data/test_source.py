@@ -220,6 +220,16 @@ def test_retries_end_with_the_error() -> None:
     assert len(tries) == 4
 
 
+def test_a_file_that_has_become_stale_is_opened_again(tmp_path: Path) -> None:
+    index = write_set(tmp_path, 1, 2)
+    reader = ShardReader(LocalShards(tmp_path, index.shards), 1)
+    before = reader.read(0, 512, 50)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, reader._open(0).descriptor)  # a folder cannot be read: every try would fail
+    os.close(folder)
+    assert reader.read(0, 512, 50) == before
+
+
 def test_a_missing_or_cut_shard_is_named_before_it_is_used(tmp_path: Path) -> None:
     index = write_set(tmp_path, 3, 2)
     (tmp_path / "shard-000000.tar").unlink()
