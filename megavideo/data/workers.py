@@ -2,12 +2,12 @@
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from megavideo.log import log
@@ -33,7 +33,7 @@ def map_processes(
     if workers == 1:
         yield from map(work, items)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with _processes(workers) as pool:
         yield from pool.map(work, items, chunksize=chunk)
 
 
@@ -107,6 +107,19 @@ def _pool(workers: int) -> Executor:
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+
+
+def _begin() -> None:
+    """What each process does first."""
     # An interrupt from the keyboard reaches every process, and is for the parent alone.
-    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    return ProcessPoolExecutor(workers, get_context("spawn"), ignore_interrupt)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without its parent, as after `kill -9`, a process would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
