@@ -47,6 +47,23 @@ __device__ __forceinline__ void store_global(T* address, T value) {
   *address = value;
 }
 
+// Add to four floats, at a multiple of 16 bytes, that other threads add to: in whatever order.
+__device__ __forceinline__ void add_global(float* address, float4 x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+#else
+  asm volatile(
+      "red.relaxed.gpu.global.add.f32 [%0], %1;\n\t"
+      "red.relaxed.gpu.global.add.f32 [%0 + 4], %2;\n\t"
+      "red.relaxed.gpu.global.add.f32 [%0 + 8], %3;\n\t"
+      "red.relaxed.gpu.global.add.f32 [%0 + 12], %4;" ::"l"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
+#endif
+}
+
 // ---- shared memory ----
 
 // First byte of the block's dynamic shared memory, aligned to 128 bytes.

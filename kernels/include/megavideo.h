@@ -15,7 +15,7 @@ extern "C" {
 #pragma GCC visibility push(default) /* the library hides all else */
 
 /* Changes whenever a function or a structure of this file does; the caller compares. */
-#define MEGAVIDEO_ABI 1
+#define MEGAVIDEO_ABI 2
 int megavideo_abi(void);
 
 /* What a status that is not 0 means. */
@@ -64,11 +64,18 @@ typedef struct {
   float *delta;         /* [B, H, V], scratch */
   void *grad_image;     /* [B, V, 3, H, D], contiguous, all of it written */
   void *grad_text;      /* [B, T, 2, H, D], contiguous, all of it written; NULL if not needed */
+
+  /* NULL: two passes, whose gradients are the same, bit by bit, from run to run. Otherwise scratch of
+   * megavideo_interval_workspace() bytes, at a multiple of 16: one pass adds up gradients of queries
+   * there, in whatever order, and saves two products of seven. */
+  float *workspace;
 } MegavideoIntervalAttention;
 
 int megavideo_interval_forward(const MegavideoIntervalAttention *problem, void *stream);
 
-/* Gradients are the same, bit by bit, from run to run. */
+/* Bytes of `workspace` for a problem, from its sizes; 0 if they are outside the limits. */
+int64_t megavideo_interval_workspace(const MegavideoIntervalAttention *problem);
+
 int megavideo_interval_backward(const MegavideoIntervalAttention *problem, void *stream);
 
 /* A grid of keys, each the cell of equally many queries along each axis. A query sees the window

@@ -3,7 +3,7 @@
 //
 // Attention needs two products, forward and backward: one over the elements of a row
 // (multiply_rows: Q K^T, dO V^T and their transposes) and one over the rows
-// (multiply_columns: P V, P^T dO, dS^T Q, dS K).
+// (multiply_columns: P V, P^T dO, dS^T Q, dS K; multiply_transposed: dS K where dS^T is at hand).
 #pragma once
 
 #include "../common.cuh"
@@ -104,6 +104,25 @@ __device__ __forceinline__ void multiply_columns(float (&d)[M][HeadSize / 8][4],
   }
 }
 
+// d[n] += (16 x 16 elements of `left`, transposed) times elements 8n..8n+7 of 16 rows of `right`.
+// Both tiles from row `row` on, and from 16-byte chunks `left_chunk` and `right_chunk` on.
+template <class Element, int LeftSize, int RightSize, int N>
+__device__ __forceinline__ void multiply_transposed(float (&d)[N][4], Shared left, int left_chunk,
+                                                    Shared right, int right_chunk, int row) {
+  const int lane = lane_index();
+  uint32_t words[4];  // Of `left`, rows become columns: chunks alternate before rows do.
+  ldmatrix_x4_trans(words, row_address<LeftSize>(left, row + (lane & 7) + (lane >> 4) * 8,
+                                                 left_chunk + (lane >> 3 & 1)));
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    uint32_t pair[4];
+    ldmatrix_x4_trans(pair, row_address<RightSize>(right, row + (lane & 15),
+                                                   right_chunk + n + (lane >> 4)));
+    mma_m16n8k16<Element>(d[n], words, pair[0], pair[1]);
+    mma_m16n8k16<Element>(d[n + 1], words, pair[2], pair[3]);
+  }
+}
+
 template <int M, int N>
 __device__ __forceinline__ void set_zero(float (&d)[M][N][4]) {
 #pragma unroll
@@ -116,12 +135,12 @@ __device__ __forceinline__ void set_zero(float (&d)[M][N][4]) {
   }
 }
 
-// Write an accumulator (16 rows of HeadSize), rounded, to rows row..row+15 of a tile.
-template <class Element, int HeadSize>
-__device__ __forceinline__ void store_tile(Shared tile, int row, const float (&d)[HeadSize / 8][4]) {
+// Write an accumulator (16 rows of 8N), rounded, to the left of rows row..row+15 of a tile.
+template <class Element, int HeadSize, int N>
+__device__ __forceinline__ void store_tile(Shared tile, int row, const float (&d)[N][4]) {
   const int group = lane_index() / 4, thread = lane_index() % 4;
 #pragma unroll
-  for (int n = 0; n < HeadSize / 8; ++n) {
+  for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t word = pack<Element>(d[n][2 * half], d[n][2 * half + 1]);

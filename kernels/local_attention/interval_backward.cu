@@ -1,4 +1,4 @@
-// Interval attention, backward, in two passes that both recompute the probabilities from lse.
+// Interval attention, backward, in two passes (or one) that recompute the probabilities from lse.
 //
 //   p = exp(s - lse), dp = do v^T, delta = sum over elements of do o, ds = p (dp - delta) / sqrt(D)
 //   dq = ds k, dk = ds^T q, dv = p^T do; with dropout dv takes the kept p, and dp of the dropped is 0
@@ -21,9 +21,15 @@
 // By queries: 168 registers and 48 KiB (D = 64), 255 and 96 KiB (128); three and two blocks on a
 // multiprocessor. By keys: 249 and 50 KiB, 255 and 65 KiB; two. No spills.
 //
-// A single pass that adds dQ to a float32 buffer with atomics is left out on paper: in dense stage 1
-// it would save two products (105 GF, 0.45 ms at 230 TFLOP/s) for 1.6 GB of reductions, so it would
-// lose unless L2 retired them at 3.6 TB/s; and its bits would vary.
+// Where the caller gives a workspace, one pass does all, by keys: a block's warps exchange dS^T
+// through shared memory, each makes dQ = dS K for 16 queries and adds it to float32 sums with atomics,
+// so dQ's last bits vary. A small kernel before it writes delta and clears the sums, one after it
+// rounds them. 246 registers and 58 KiB (D = 64), 255 and 73 KiB (128); two blocks. No spills.
+// Five products, but 16 KiB of reductions for each pair of tiles: in dense causal stage 1 it saves
+// 113 of 394 GF computed (0.49 ms at 230 TFLOP/s) for 1.76 GB that L2 must retire at 1.4 TB/s to hide
+// behind the rest. The sums move through DRAM up to four times (cleared, fetched, written back,
+// rounded: 403 MB, 134 us), where the first pass's reading of q, k and v cost 49 us. So it may win
+// where arithmetic is the bound, and gains nothing where memory is (frames, windows).
 #include <type_traits>
 
 #include "interval.cuh"
@@ -55,16 +61,39 @@ struct QueryShape {
   static constexpr int kSharedBytes = 2 * kTileBytes + 2 * kStageBytes;
 };
 
-// Read lse of a lane's two queries, as a power of two, and write their delta.
-__device__ __forceinline__ void exchange_statistics(const Problem& p, int64_t offset,
-                                                    const PlacesFrom& slot_at, int row,
-                                                    const float (&delta)[2], float (&lse)[2]) {
+// Read lse of a lane's two queries, as a power of two.
+__device__ __forceinline__ void load_lse(float (&lse)[2], const float* from,
+                                         const PlacesFrom& slot_at, int row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int slot = slot_at(row + 8 * half + lane_index() / 4);
-    lse[half] = slot >= 0 ? load_global(p.lse + offset + slot) * kLog2e : 0.0f;
-    if (slot >= 0 && lane_index() % 4 == 0) store_global(p.delta + offset + slot, delta[half]);
+    lse[half] = slot >= 0 ? load_global(from + slot) * kLog2e : 0.0f;
   }
+}
+
+__device__ __forceinline__ void store_delta(const float (&delta)[2], float* to,
+                                            const PlacesFrom& slot_at, int row) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int slot = slot_at(row + 8 * half + lane_index() / 4);
+    if (slot >= 0 && lane_index() % 4 == 0) store_global(to + slot, delta[half]);
+  }
+}
+
+// Write a warp's 16 gradients of queries, so far without the scale of scores, by way of a tile.
+template <class Element, int HeadSize>
+__device__ __forceinline__ void write_query_gradients(const Problem& p,
+                                                      float (&grads)[HeadSize / 8][4], Shared tile,
+                                                      int row, int sample, int head,
+                                                      const PlacesFrom& slot_at) {
+  const float scale[2] = {kScale<HeadSize>, kScale<HeadSize>};
+  scale_rows(grads, scale);
+  store_tile<Element, HeadSize>(tile, row, grads);  // Its own rows.
+  sync_warp();
+  scatter<HeadSize, 16>(
+      tile, row,
+      packed_rows<HeadSize>(p, static_cast<Element*>(p.grad_image), p.image_slots, 3, 0, sample, head),
+      slot_at);
 }
 
 template <class Variant>
@@ -111,7 +140,9 @@ __global__ void __launch_bounds__(kThreads, QueryShape<Variant::kHeadSize>::kBlo
   outs.load(out_tile, warp_row);
   float delta[2], lse[2];
   dot_rows<Element>(delta, grads[0], outs);
-  exchange_statistics(p, statistics_offset(p, sample, head), slot_at, warp_row, delta, lse);
+  const int64_t statistics = statistics_offset(p, sample, head);
+  store_delta(delta, p.delta + statistics, slot_at, warp_row);
+  load_lse(lse, p.lse + statistics, slot_at, warp_row);
 
   const Sight<1> sight(p, text, first_query + warp_row);
   const DropoutKey draw = dropout_key(p.seed, sample * p.heads + head);
@@ -150,19 +181,86 @@ __global__ void __launch_bounds__(kThreads, QueryShape<Variant::kHeadSize>::kBlo
     multiply_columns<Element, kHeadSize>(grad_queries, grad_scores, stage);
   }
 
-  const float scale[2] = {kScale<kHeadSize>, kScale<kHeadSize>};
-  scale_rows(grad_queries[0], scale);
-  store_tile<Element, kHeadSize>(query_tile, warp_row, grad_queries[0]);  // Its own rows.
-  sync_warp();
-  scatter<kHeadSize, 16>(
-      query_tile, warp_row,
-      packed_rows<kHeadSize>(p, static_cast<Element*>(p.grad_image), p.image_slots, 3, 0, sample, head),
+  write_query_gradients<Element, kHeadSize>(p, grad_queries[0], query_tile, warp_row, sample, head,
+                                            slot_at);
+}
+
+// ---- sums of queries' gradients ----
+// Where one pass adds them up: float32 [B, H, N / 16, D / 16, 2, 32, 4]. Four floats are what a lane
+// holds of one of its two rows in two neighbouring 16 x 8 tiles of an accumulator, so that a warp adds
+// to, or reads, 512 contiguous bytes at once.
+
+// Call visit(sums, n, half) for the floats that stand for d[n] and d[n + 1] of an accumulator whose
+// first row is the query at `place` and whose first column is `element`; both multiples of 16.
+template <int HeadSize, int N, class Visit>
+__device__ __forceinline__ void visit_sums(const Problem& p, int sample, int head, int place,
+                                           int element, const Visit& visit) {
+  const int64_t row = (static_cast<int64_t>(sample) * p.heads + head) * p.places + place;
+  float* first = p.workspace + row * HeadSize + 16 * element + 4 * lane_index();
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) visit(first + 128 * (n + half), n, half);
+  }
+}
+
+// Before the pass: delta, and sums of zero.
+template <class Variant>
+__global__ void __launch_bounds__(kThreads)
+    interval_backward_begin(const __grid_constant__ Problem p) {
+  using Element = typename Variant::Element;
+  constexpr int kHeadSize = Variant::kHeadSize;
+
+  const int head = blockIdx.y, sample = blockIdx.z;
+  const int first_query = blockIdx.x * kTile, warp_row = 16 * warp_index();
+  const Shared grad_tile = shared_base();
+  const Shared out_tile = grad_tile + QueryShape<kHeadSize>::kTileBytes;
+  const PlacesFrom slot_at(p, first_query);
+  gather<kHeadSize, kTile>(
+      {grad_tile, out_tile},
+      {output_rows<kHeadSize>(p, static_cast<const Element*>(p.grad_out), sample, head),
+       output_rows<kHeadSize>(p, static_cast<const Element*>(p.out), sample, head)},
       slot_at);
+  cp_async_commit();
+  visit_sums<kHeadSize, kHeadSize / 8>(
+      p, sample, head, first_query + warp_row, 0,
+      [](float* sums, int, int) { store_global(reinterpret_cast<float4*>(sums), float4{}); });
+  cp_async_wait<0>();
+  sync_block();
+
+  LeftRows<kHeadSize> grads, outs;
+  grads.load(grad_tile, warp_row);
+  outs.load(out_tile, warp_row);
+  float delta[2];
+  dot_rows<Element>(delta, grads, outs);
+  store_delta(delta, p.delta + statistics_offset(p, sample, head), slot_at, warp_row);
+}
+
+// After it: the sums become packed gradients.
+template <class Variant>
+__global__ void __launch_bounds__(kThreads) interval_backward_end(const __grid_constant__ Problem p) {
+  using Element = typename Variant::Element;
+  constexpr int kHeadSize = Variant::kHeadSize;
+
+  const int head = blockIdx.y, sample = blockIdx.z;
+  const int first_query = blockIdx.x * kTile, warp_row = 16 * warp_index();
+  float grads[kHeadSize / 8][4];
+  visit_sums<kHeadSize, kHeadSize / 8>(
+      p, sample, head, first_query + warp_row, 0, [&](const float* sums, int n, int half) {
+        const float4 four = load_global(reinterpret_cast<const float4*>(sums));
+        grads[n][2 * half] = four.x, grads[n][2 * half + 1] = four.y;
+        grads[n + 1][2 * half] = four.z, grads[n + 1][2 * half + 1] = four.w;
+      });
+  write_query_gradients<Element, kHeadSize>(p, grads, shared_base(), warp_row, sample, head,
+                                            PlacesFrom(p, first_query));
 }
 
 // ---- by keys ----
 
-template <int HeadSize>
+// Whether the pass by keys also adds gradients of queries, or leaves them to the pass by queries.
+enum class Queries { left, added };
+
+template <int HeadSize, Queries Way>
 struct KeyShape {
   static constexpr int kQueries = HeadSize == 64 ? 64 : 32;  // Per step; registers allow no more.
   using Left = std::conditional_t<HeadSize == 64, LeftRows<HeadSize>, LeftRowsInTile<HeadSize>>;
@@ -173,8 +271,16 @@ struct KeyShape {
   static constexpr int kDelta = kLse + 4 * kQueries;
   static constexpr int kRuns = kDelta + 4 * kQueries;
   static constexpr int kStageBytes = kRuns + 8 * kQueries;
-  static constexpr int kSharedBytes = 2 * kTileBytes + 2 * kStageBytes;
+  // Where gradients are added: those of a step's scores, a row for each key, 64 elements wide.
+  static constexpr int kScores = 2 * kTileBytes + 2 * kStageBytes;
+  static constexpr int kSharedBytes = kScores + (Way == Queries::added ? 2 * kTile * kTile : 0);
 };
+
+// Tiles of text that the pass visits: gradients of queries need all of them.
+template <Queries Way>
+__host__ __device__ int text_tiles_of(const Problem& p) {
+  return Way == Queries::added || p.grad_text ? tiles_of(p.text_slots) : 0;
+}
 
 // Which tile of keys a block owns. Text comes first in the grid; image tiles of one head follow
 // each other, so that they find its queries in L2.
@@ -182,8 +288,7 @@ struct KeyBlock {
   bool is_text;
   int first_key, head, sample;
 
-  __device__ __forceinline__ explicit KeyBlock(const Problem& p) {
-    const int text_tiles = p.grad_text ? tiles_of(p.text_slots) : 0;
+  __device__ __forceinline__ KeyBlock(const Problem& p, int text_tiles) {
     const int text_blocks = text_tiles * p.heads * p.batch;
     is_text = static_cast<int>(blockIdx.x) < text_blocks;
     const int block = is_text ? blockIdx.x : blockIdx.x - text_blocks;
@@ -265,22 +370,47 @@ __device__ __forceinline__ void score_gradients(float (&probabilities)[N][4], fl
   }
 }
 
-template <class Variant>
-__global__ void __launch_bounds__(kThreads, 2)
-    interval_backward_keys(const __grid_constant__ Problem p) {
+// Add a step's gradients of queries, of which a warp makes 16 rows of 64 elements. `some`: the keys
+// that any of the queries sees.
+template <class Element, int HeadSize, int NumQueries>
+__device__ __forceinline__ void add_query_gradients(const Problem& p, const KeyBlock& block,
+                                                    Run some, int first_query, Shared score_tile,
+                                                    Shared key_tile) {
+  if (!some.meets(block.first_key, kTile)) return;
+  constexpr int kRowTiles = NumQueries / 16;
+  const int row = 16 * (warp_index() % kRowTiles), element = 64 * (warp_index() / kRowTiles);
+  float grads[1][8][4];
+  set_zero(grads);
+#pragma unroll
+  for (int key = 0; key < kTile; key += 16) {
+    if (!some.meets(block.first_key + key, 16)) continue;
+    multiply_transposed<Element, kTile, HeadSize>(grads[0], score_tile, row / 8, key_tile,
+                                                  element / 8, key);
+  }
+  visit_sums<HeadSize, 8>(
+      p, block.sample, block.head, first_query + row, element, [&](float* sums, int n, int half) {
+        add_global(sums, float4{grads[0][n][2 * half], grads[0][n][2 * half + 1],
+                                grads[0][n + 1][2 * half], grads[0][n + 1][2 * half + 1]});
+      });
+}
+
+template <class Variant, Queries Way>
+__device__ __forceinline__ void backward_by_keys(const Problem& p) {
   using Element = typename Variant::Element;
   constexpr int kHeadSize = Variant::kHeadSize;
-  using Shape = KeyShape<kHeadSize>;
+  using Shape = KeyShape<kHeadSize, Way>;
   constexpr int kQueries = Shape::kQueries;
   constexpr int kStepsPerTile = kTile / kQueries;
 
-  const KeyBlock block(p);
+  const KeyBlock block(p, text_tiles_of<Way>(p));
+  const bool wants_keys = Way == Queries::left || !block.is_text || p.grad_text;
   const int warp_row = 16 * warp_index();
   const int first_key = block.first_key + warp_row;
   const int64_t statistics = statistics_offset(p, block.sample, block.head);
   const Shared key_tile = shared_base();
   const Shared value_tile = key_tile + Shape::kTileBytes;
   const Shared stages = value_tile + Shape::kTileBytes;
+  const Shared score_tile = shared_base() + Shape::kScores;
 
   const auto queries = query_rows<Element>(p, block.sample, block.head);
   const auto grads = output_rows<kHeadSize>(p, static_cast<const Element*>(p.grad_out),
@@ -351,17 +481,29 @@ __global__ void __launch_bounds__(kThreads, 2)
             });
       }
       score_gradients<Variant::kDropout>(scores[0], grad_scores[0], stage + Shape::kDelta);
-      multiply_columns<Element, kHeadSize>(grad_values, scores, stage + Shape::kQueryBytes);
-      multiply_columns<Element, kHeadSize>(grad_keys, grad_scores, stage);
+      if constexpr (Way == Queries::added) {
+        store_tile<Element, kTile>(score_tile, warp_row, grad_scores[0]);
+      }
+      if (wants_keys) {
+        multiply_columns<Element, kHeadSize>(grad_values, scores, stage + Shape::kQueryBytes);
+        multiply_columns<Element, kHeadSize>(grad_keys, grad_scores, stage);
+      }
+    }
+    if constexpr (Way == Queries::added) {
+      sync_block();  // All warps' gradients of scores are there.
+      add_query_gradients<Element, kHeadSize, kQueries>(p, block, some, step * kQueries,
+                                                        score_tile, key_tile);
     }
     if (more) store_facts(step + 1, facts);
   }
+  if (!wants_keys) return;
 
   const float key_scale[2] = {kScale<kHeadSize>, kScale<kHeadSize>};
   const float value_scale[2] = {kept_scale(p.dropout), kept_scale(p.dropout)};
   scale_rows(grad_keys[0], key_scale);
   scale_rows(grad_values[0], value_scale);
-  sync_warp();  // For D = 128 the loop reads keys and values from these tiles.
+  // The loop reads the warp's own rows of these tiles for D = 128, all keys for gradients of queries.
+  Way == Queries::added ? sync_block() : sync_warp();
   store_tile<Element, kHeadSize>(key_tile, warp_row, grad_keys[0]);  // Its own rows.
   store_tile<Element, kHeadSize>(value_tile, warp_row, grad_values[0]);
   sync_warp();
@@ -382,23 +524,60 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Variant>
-int launch_by_queries(const Problem& p, void* stream) {
-  using Shape = QueryShape<Variant::kHeadSize>;
-  return launch(interval_backward_queries<Variant>,
-                dim3(p.places / Shape::kQueries, p.heads, p.batch), kThreads, Shape::kSharedBytes,
-                stream, p);
+__global__ void __launch_bounds__(kThreads, 2)
+    interval_backward_keys(const __grid_constant__ Problem p) {
+  backward_by_keys<Variant, Queries::left>(p);
 }
 
 template <class Variant>
-int launch_by_keys(const Problem& p, void* stream) {
-  using Shape = KeyShape<Variant::kHeadSize>;
-  const int tiles = p.places / kTile + (p.grad_text ? tiles_of(p.text_slots) : 0);
-  return launch(interval_backward_keys<Variant>, dim3(tiles * p.heads * p.batch), kThreads,
-                Shape::kSharedBytes, stream, p);
+__global__ void __launch_bounds__(kThreads, 2)
+    interval_backward_keys_and_queries(const __grid_constant__ Problem p) {
+  backward_by_keys<Variant, Queries::added>(p);
+}
+
+// ---- host ----
+
+// A kernel of which a block has 64 queries.
+int launch_by_queries(void (*kernel)(Problem), int shared_bytes, const Problem& p, void* stream) {
+  return launch(kernel, dim3(p.places / kTile, p.heads, p.batch), kThreads, shared_bytes, stream, p);
+}
+
+template <int HeadSize, Queries Way>
+int launch_by_keys(void (*kernel)(Problem), const Problem& p, void* stream) {
+  const int tiles = p.places / kTile + text_tiles_of<Way>(p);
+  return launch(kernel, dim3(tiles * p.heads * p.batch), kThreads,
+                KeyShape<HeadSize, Way>::kSharedBytes, stream, p);
+}
+
+template <class Variant>
+int launch_two_passes(const Problem& p, void* stream) {
+  constexpr int kHeadSize = Variant::kHeadSize;
+  const int status = launch_by_queries(interval_backward_queries<Variant>,
+                                       QueryShape<kHeadSize>::kSharedBytes, p, stream);
+  if (status) return status;
+  return launch_by_keys<kHeadSize, Queries::left>(interval_backward_keys<Variant>, p, stream);
+}
+
+template <class Variant>
+int launch_one_pass(const Problem& p, void* stream) {
+  constexpr int kHeadSize = Variant::kHeadSize;
+  constexpr int kTileBytes = QueryShape<kHeadSize>::kTileBytes;
+  int status = launch_by_queries(interval_backward_begin<Variant>, 2 * kTileBytes, p, stream);
+  if (status) return status;
+  status = launch_by_keys<kHeadSize, Queries::added>(interval_backward_keys_and_queries<Variant>, p,
+                                                     stream);
+  if (status) return status;
+  return launch_by_queries(interval_backward_end<Variant>, kTileBytes, p, stream);
 }
 
 }  // namespace
 }  // namespace megavideo
+
+extern "C" int64_t megavideo_interval_workspace(const MegavideoIntervalAttention* problem) {
+  const auto& p = *problem;
+  if (!megavideo::is_supported(p)) return 0;
+  return sizeof(float) * static_cast<int64_t>(p.batch) * p.heads * p.places * p.head_size;
+}
 
 extern "C" int megavideo_interval_backward(const MegavideoIntervalAttention* problem,
                                            void* stream) {
@@ -406,7 +585,7 @@ extern "C" int megavideo_interval_backward(const MegavideoIntervalAttention* pro
   if (!is_supported(*problem)) return MEGAVIDEO_INVALID;
   return with_variant(*problem, [&](auto variant) {
     using Variant = decltype(variant);
-    const int status = launch_by_queries<Variant>(*problem, stream);
-    return status ? status : launch_by_keys<Variant>(*problem, stream);
+    return problem->workspace ? launch_one_pass<Variant>(*problem, stream)
+                              : launch_two_passes<Variant>(*problem, stream);
   });
 }

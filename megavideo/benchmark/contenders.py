@@ -20,10 +20,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from megavideo.layout.intervals import intervals
 from megavideo.layout.render import blocks, dense_mask
 from megavideo.layout.rules import Rule, encode_rule
+from megavideo.ops import library
 from megavideo.ops.backends import library_obstacle
 from megavideo.ops.flex import flex_local_attention
 from megavideo.ops.local_attention import local_attention as _registers_the_operator  # noqa: F401
 from megavideo.ops.sdpa import sdpa_local_attention
+from megavideo.ops.selfcheck import disagreement
 
 SEED = 1
 MASKED = -10000.0  # as the published model fills
@@ -63,16 +65,19 @@ class Ready:
     leaves: tuple[Tensor, ...]
 
 
-def megavideo(problem: Problem) -> Ready:
-    """The fused kernels."""
+def megavideo(problem: Problem, atomic: bool = False) -> Ready:
+    """The fused kernels; `atomic`: backward in one pass, as MEGAVIDEO_ATTENTION_BACKWARD=atomic."""
     image = problem.image_qkv
     reason = library_obstacle(image.device.type, image.dtype, image.shape[-1], problem.dropout > 0)
+    if atomic and not reason:
+        reason = disagreement(library.load(), image.device, image.dtype, image.shape[-1], atomic)
     if reason:
         raise CannotRun(reason)
     rule, seed = encode_rule(problem.rule), torch.tensor(SEED)
     operator = torch.ops.megavideo.local_attention
     inputs = (problem.image_qkv, problem.text_kv, problem.text_length)
-    return Ready(lambda: operator(*inputs, rule, problem.dropout, seed, "library")[0], inputs[:2])
+    how = (rule, problem.dropout, seed, "library", atomic)
+    return Ready(lambda: operator(*inputs, *how)[0], inputs[:2])
 
 
 def dense(problem: Problem) -> Ready:
@@ -185,6 +190,7 @@ def varlen(problem: Problem) -> Ready:
 
 CONTENDERS: dict[str, Callable[[Problem], Ready]] = {
     "megavideo": megavideo,
+    "megavideo atomic": partial(megavideo, atomic=True),
     "dense": dense,
     "sdpa mask": sdpa_mask,
     "sdpa blocks": sdpa_blocks,

@@ -7,6 +7,7 @@ is 2 x head size FLOPs. T text slots are keys of every image query.
     visible   the rule itself: S and O forward; dV, dP, dQ, dK backward; text's dK, dV if wanted
     library   the CUDA kernels: 64-key tiles that a warp's queries see; two passes backward compute
               S and dP twice (kernels/local_attention/README.md)
+    atomic    the same with one pass backward
     flex      FlexAttention: 128 x 128 blocks, two passes backward
     blocks    SDPA and the plain reference: each block of slots whole, S once more backward
 """
@@ -21,7 +22,7 @@ from megavideo.layout.intervals import TILE, intervals
 from megavideo.layout.render import blocks, dense_mask, visible_pairs
 from megavideo.layout.rules import Rule
 
-Attention = Literal["visible", "library", "flex", "blocks"]
+Attention = Literal["visible", "library", "atomic", "flex", "blocks"]
 
 FLEX_BLOCK = 128
 
@@ -49,8 +50,8 @@ def attention_products(
         image, queries = visible_pairs(rule), rule.frames * rule.side**2
         backward = 4 * image + (4 if text_gradient else 2) * queries * text
         return Products(2 * (image + queries * text), backward)
-    if how == "library":
-        return _library(rule, text, head_size, text_gradient)
+    if how in ("library", "atomic"):
+        return _library(rule, text, head_size, text_gradient, one_pass=how == "atomic")
     if how == "flex":
         pairs = _flex_pairs(rule, text)
         return Products(2 * pairs, 7 * pairs)
@@ -58,14 +59,19 @@ def attention_products(
     return Products(2 * pairs, 5 * pairs)
 
 
-def _library(rule: Rule, text: int, head_size: int, text_gradient: bool) -> Products:
+def _library(
+    rule: Rule, text: int, head_size: int, text_gradient: bool, one_pass: bool
+) -> Products:
     """Forward a warp has 32 queries (16 with head size 128); backward 16 queries or 16 keys."""
     places = len(intervals(rule).slots)
     of_text = places * -(-text // TILE) * TILE
     forward = _pairs_by_queries(rule, 32 if head_size == 64 else 16) + of_text
-    by_queries = _pairs_by_queries(rule, 16) + of_text
-    by_keys = _pairs_by_keys(rule, 16) + of_text * text_gradient
-    return Products(2 * forward, 3 * by_queries + 4 * by_keys)
+    if one_pass:
+        backward = 5 * _pairs_by_keys(rule, 16) + (5 if text_gradient else 3) * of_text
+    else:
+        by_keys = _pairs_by_keys(rule, 16) + of_text * text_gradient
+        backward = 3 * (_pairs_by_queries(rule, 16) + of_text) + 4 * by_keys
+    return Products(2 * forward, backward)
 
 
 def _pairs_by_queries(rule: Rule, rows: int) -> int:

@@ -5,7 +5,7 @@ import torch
 from megavideo.config.schema import Config
 from megavideo.layout.tiles import Attention
 from megavideo.model.flops import Execution
-from megavideo.ops.backends import choose
+from megavideo.ops.backends import atomic_backward, choose
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Backend of ops/backends.py -> how it goes over the pairs.
@@ -23,4 +23,5 @@ def execution_here(config: Config) -> Execution:
     dtype = DTYPES[config.recipe.precision]
     dropout = config.recipe.attention_dropout > 0
     backend = choose(device, dtype, config.model.head_size, dropout)
-    return Execution(TILES[backend], config.parallel.recompute)
+    is_atomic = backend == "library" and atomic_backward()
+    return Execution("atomic" if is_atomic else TILES[backend], config.parallel.recompute)

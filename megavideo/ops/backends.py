@@ -6,7 +6,9 @@
     reference  plain torch; the meaning of all the others
 
 The environment variable MEGAVIDEO_ATTENTION names one for a whole run, to compare or to work
-around.
+around. MEGAVIDEO_ATTENTION_BACKWARD=atomic lets the kernels go backward in one pass that adds up
+the gradients of queries in whatever order; `deterministic`, the default, is two passes whose bits
+are the same in each run (kernels/local_attention/README.md has the arithmetic of both).
 """
 
 import os
@@ -40,8 +42,43 @@ def choose(device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> st
         backend, passed_over = _preferred(device, dtype, head_size, dropout)
     noise = "with" if dropout else "without"
     case = f"attention on {device}, {dtype}, head size {head_size}, {noise} dropout"
-    log.info("%s: %s%s", case, backend, "".join(f"; not {reason}" for reason in passed_over))
+    others = "".join(f"; not {reason}" for reason in passed_over)
+    log.info("%s: %s%s%s", case, backend, _said_of_backward(backend), others)
     return backend
+
+
+def atomic_backward() -> bool:
+    """Whether the kernels are to go backward in one pass with atomic additions.
+
+    Raises:
+        ValueError: if MEGAVIDEO_ATTENTION_BACKWARD is unknown, or asks for what
+            torch.use_deterministic_algorithms forbids. Both were asked for in so many words, so
+            neither is given up for the other.
+    """
+    way = os.environ.get("MEGAVIDEO_ATTENTION_BACKWARD") or "deterministic"
+    if way not in ("deterministic", "atomic"):
+        raise ValueError(
+            f"MEGAVIDEO_ATTENTION_BACKWARD={way} is neither deterministic (the default) nor atomic"
+        )
+    if way == "atomic" and _must_be_deterministic():
+        raise ValueError(
+            "MEGAVIDEO_ATTENTION_BACKWARD=atomic gives gradients whose last bits vary, and "
+            "torch.use_deterministic_algorithms(True) forbids that; unset one of the two"
+        )
+    return way == "atomic"
+
+
+def _must_be_deterministic() -> bool:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warn_only
+
+
+def _said_of_backward(backend: str) -> str:
+    if not atomic_backward():
+        return ""
+    if backend == "library":
+        return ", atomic backward (last bits of gradients vary from run to run)"
+    return ", on which MEGAVIDEO_ATTENTION_BACKWARD=atomic has no effect"
 
 
 def _forced(name: str, device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
@@ -73,7 +110,8 @@ def library_obstacle(device: str, dtype: torch.dtype, head_size: int, dropout: b
     if head_size not in HEAD_SIZES:
         return f"needs head size {' or '.join(map(str, HEAD_SIZES))}"
     try:
-        return disagreement(library.load(), torch.device(device), dtype, head_size)
+        where = torch.device(device)
+        return disagreement(library.load(), where, dtype, head_size, atomic_backward())
     except RuntimeError as error:  # No library, or one that has no code for this GPU.
         return str(error)
 

@@ -30,6 +30,7 @@ class _Problem(ctypes.Structure):
         ("text", Strides),
         *((name, ctypes.c_void_p) for name in ("out", "lse")),
         *((name, ctypes.c_void_p) for name in ("grad_out", "delta", "grad_image", "grad_text")),
+        ("workspace", ctypes.c_void_p),
     ]
 
 
@@ -71,10 +72,13 @@ def backward(
     dropout: float,
     seed: int,
     text_needs_grad: bool = True,
+    atomic: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of (image_qkv, text_kv), given that of the output, [B, V, H*D].
 
     The gradient of text is None unless it is needed: its tiles cost a tenth of the products.
+    With `atomic`, one pass over pairs adds up the gradients of queries in float32, in whatever
+    order; without, two passes give the same bits in each run.
     """
     grad, image_qkv, text_kv = aligned(grad.contiguous()), aligned(image_qkv), aligned(text_kv)
     problem = _problem(image_qkv, text_kv, text_length, rule, dropout, seed, out, lse)
@@ -84,6 +88,10 @@ def backward(
     problem.grad_out, problem.delta = grad.data_ptr(), delta.data_ptr()
     problem.grad_image = grad_image.data_ptr()
     problem.grad_text = grad_text.data_ptr() if text_needs_grad else None
+    if atomic:
+        size = library.megavideo_interval_workspace(ctypes.byref(problem))
+        workspace = image_qkv.new_empty(size, dtype=torch.uint8)
+        problem.workspace = workspace.data_ptr()
     call(library, "megavideo_interval_backward", problem, image_qkv.device)
     return grad_image, grad_text if text_needs_grad else None
 

@@ -20,7 +20,7 @@ import torch
 
 from megavideo.log import log
 
-ABI = 1  # MEGAVIDEO_ABI of megavideo.h
+ABI = 2  # MEGAVIDEO_ABI of megavideo.h
 NAME = "libmegavideo.so"
 STAMP = "sources.sha256"
 
@@ -49,6 +49,7 @@ def load() -> ctypes.CDLL:
             f"{path} has interface {abi}, this MegaVideo needs {ABI}; run `make -C kernels` again"
         )
     library.megavideo_error_text.restype = ctypes.c_char_p
+    library.megavideo_interval_workspace.restype = ctypes.c_int64
     log.info("CUDA kernels: %s", path)
     return library
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavideo.layout.rules import Rule, decode_rule, encode_rule
 from megavideo.ops import interval, library, reference
-from megavideo.ops.backends import choose
+from megavideo.ops.backends import atomic_backward, choose
 from megavideo.ops.flex import flex_local_attention
 from megavideo.ops.sdpa import sdpa_local_attention
 
@@ -42,8 +42,8 @@ def local_attention(
         return sdpa_local_attention(image_qkv, text_kv, text_length, rule)
     if seed is None:
         seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
-    name = encode_rule(rule)
-    return _operator(image_qkv, text_kv, text_length, name, dropout, seed, backend)[0]
+    name, atomic = encode_rule(rule), backend == "library" and atomic_backward()
+    return _operator(image_qkv, text_kv, text_length, name, dropout, seed, backend, atomic)[0]
 
 
 @torch.library.custom_op("megavideo::local_attention", mutates_args=())
@@ -55,7 +55,9 @@ def _operator(
     dropout: float,
     seed: Tensor,
     backend: str = "reference",
+    atomic: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Output, and lse; `atomic` chooses how the kernels' backward pass works (ops/interval.py)."""
     arguments = (image_qkv, text_kv, text_length, decode_rule(rule), dropout, int(seed))
     if backend == "library":
         return interval.forward(library.load(), *arguments)
@@ -63,7 +65,9 @@ def _operator(
 
 
 @_operator.register_fake
-def _(image_qkv, text_kv, text_length, rule, dropout, seed, backend="reference"):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    image_qkv, text_kv, text_length, rule, dropout, seed, backend="reference", atomic=False
+):
     batch, slots, _, heads, size = image_qkv.shape
     wide = torch.promote_types(image_qkv.dtype, torch.float32)
     return (
@@ -84,6 +88,7 @@ def _backward_operator(
     dropout: float,
     seed: Tensor,
     backend: str,
+    atomic: bool,
     text_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of image_qkv and text_kv; the latter is empty unless needed.
@@ -95,7 +100,7 @@ def _backward_operator(
     if backend == "library":
         assert out is not None
         grad_image, grad_text = interval.backward(
-            library.load(), grad, *given, out, lse, *noise, text_needs_grad
+            library.load(), grad, *given, out, lse, *noise, text_needs_grad, atomic
         )
     else:
         grad_image, grad_text = reference.backward(grad, *given, lse, *noise)
@@ -116,6 +121,7 @@ def _(  # type: ignore[no-untyped-def]
     dropout,
     seed,
     backend,
+    atomic,
     text_needs_grad,
 ):
     grad_text = torch.empty_like(text_kv, memory_format=torch.contiguous_format)
@@ -126,7 +132,7 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    image_qkv, text_kv, text_length, ctx.rule, ctx.dropout, seed, ctx.backend = inputs
+    image_qkv, text_kv, text_length, ctx.rule, ctx.dropout, seed, ctx.backend, ctx.atomic = inputs
     out, lse = output
     kept = out if ctx.backend == "library" else None
     ctx.save_for_backward(image_qkv, text_kv, text_length, lse, kept, seed)
@@ -135,10 +141,9 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
     *tensors, seed = ctx.saved_tensors
     text_needs_grad = ctx.needs_input_grad[1]
-    grad_image, grad_text = _backward_operator(
-        grad, *tensors, ctx.rule, ctx.dropout, seed, ctx.backend, text_needs_grad
-    )
-    return grad_image, grad_text if text_needs_grad else None, None, None, None, None, None
+    how = (ctx.rule, ctx.dropout, seed, ctx.backend, ctx.atomic)
+    grad_image, grad_text = _backward_operator(grad, *tensors, *how, text_needs_grad)
+    return grad_image, grad_text if text_needs_grad else None, *[None] * 6
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -20,8 +20,13 @@ TEXT_SLOTS, TEXT_LENGTHS = 70, (1, 70)
 TOLERANCE = 0.03
 
 
-def disagreement(library: Any, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """In words, how the kernels differ from the reference; empty if they do not."""
+def disagreement(
+    library: Any, device: torch.device, dtype: torch.dtype, head_size: int, atomic: bool = False
+) -> str:
+    """In words, how the kernels differ from the reference; empty if they do not.
+
+    `atomic`: check the backward pass in one pass (ops/interval.py), not that in two.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -32,9 +37,12 @@ def disagreement(library: Any, device: torch.device, dtype: torch.dtype, head_si
     given = (image, text, torch.tensor(TEXT_LENGTHS, device=device))
     grad = draw(batch, slots, head_size)
     out, lse = interval.forward(library, *given, RULE, 0.0, 0)
-    ours = (out, lse, *interval.backward(library, grad, *given, out, lse, RULE, 0.0, 0))
+    grads = interval.backward(library, grad, *given, out, lse, RULE, 0.0, 0, atomic=atomic)
+    ours = (out, lse, *grads)
     exact = _exact(grad, given)
-    for name, value, expected in zip(("output", "lse", "image", "text"), ours, exact, strict=True):
+    way = "atomic" if atomic else "deterministic"
+    names = ("output", "lse", *(f"{way} gradient of {of}" for of in ("image", "text")))
+    for name, value, expected in zip(names, ours, exact, strict=True):
         assert value is not None
         error = (value.double() - expected).abs().max() / expected.abs().max()
         if not error < TOLERANCE:

@@ -39,7 +39,16 @@ class Fault(Exception):
 class Counters(ctypes.Structure):
     """What launches did since `watch` began; see runtime.h."""
 
-    _names = ("mma", "ldmatrix", "bank_conflicts", "copied", "loaded", "stored", "barriers")
+    _names = (
+        "mma",
+        "ldmatrix",
+        "bank_conflicts",
+        "copied",
+        "loaded",
+        "stored",
+        "added",
+        "barriers",
+    )
     _fields_ = [(name, ctypes.c_uint64) for name in (*_names, "shared_bytes")]
 
 

@@ -88,6 +88,25 @@ __global__ void dropout(const __grid_constant__ Probe p) {
   store_global(p.out + q, static_cast<float>(bits));
 }
 
+// out[4 i + j] gets, from each block and both warps, in[4 i + j].
+__global__ void add(const __grid_constant__ Probe p) {
+  const int first = 4 * lane_index();
+  const float* in = p.in + first;
+  add_global(p.out + first, float4{load_global(in), load_global(in + 1), load_global(in + 2),
+                                   load_global(in + 3)});
+}
+
+// As `add` to out[0], but block 0 adds 2^24, to which what is below 1 adds nothing.
+__global__ void add_big_in_block_0(const __grid_constant__ Probe p) {
+  if (threadIdx.x > 0) return;
+  add_global(p.out, float4{blockIdx.x == 0 ? 16777216.0f : load_global(p.in), 0, 0, 0});
+}
+
+// Zeros for `add`.
+__global__ void clear(const __grid_constant__ Probe p) {
+  if (blockIdx.x == 0) store_global(reinterpret_cast<float4*>(p.out) + threadIdx.x, float4{});
+}
+
 // ---- wrong ----
 
 __global__ void no_barrier(const __grid_constant__ Probe p) {
@@ -159,6 +178,16 @@ __global__ void read_back(const __grid_constant__ Probe p) {
   store_global(p.out + kThreads + threadIdx.x, load_global(p.out + (threadIdx.x ^ 1)));
 }
 
+__global__ void add_and_write(const __grid_constant__ Probe p) {
+  if (warp_index() == 0) add_global(p.out + 4 * lane_index(), float4{1, 2, 3, 4});
+  if (warp_index() == 1) store_global(p.out + lane_index(), 0.0f);
+}
+
+__global__ void read_sum(const __grid_constant__ Probe p) {
+  add_global(p.out + 4 * lane_index(), float4{1, 2, 3, 4});
+  store_global(p.out + 512 + threadIdx.x, load_global(p.out + threadIdx.x));
+}
+
 __global__ void divergent(const __grid_constant__ Probe p) {
   if (lane_index() < 16) {
     sync_warp();
@@ -188,6 +217,9 @@ const Named kProbes[] = {
     {"shuffles", shuffles},
     {"rounding", rounding},
     {"dropout", dropout},
+    {"clear", clear},
+    {"add", add},
+    {"add_big_in_block_0", add_big_in_block_0},
     {"no_barrier", no_barrier},
     {"no_second_barrier", no_second_barrier},
     {"no_warp_barrier", no_warp_barrier},
@@ -201,6 +233,8 @@ const Named kProbes[] = {
     {"into_input", into_input},
     {"two_writers", two_writers},
     {"read_back", read_back},
+    {"add_and_write", add_and_write},
+    {"read_sum", read_sum},
     {"divergent", divergent},
     {"missed_barrier", missed_barrier},
     {"missed_shuffle", missed_shuffle},

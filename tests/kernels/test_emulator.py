@@ -86,6 +86,30 @@ def test_dropout_bits_are_those_of_the_restatement_in_numpy(emulator: Emulator) 
     assert out[:64].tolist() == (kept * 2.0 ** np.arange(16)).sum(1).tolist()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_threads_of_many_blocks_add_to_one_place(emulator: Emulator, schedule: Schedule) -> None:
+    out = torch.full((1024,), torch.nan)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (RISING, out)]
+    with emulator.watch(schedule, {"in": RISING}, {"out": out}) as counters:
+        for name in (b"clear", b"add"):
+            assert emulator.library.run_probe(name, *pointers, 5) == 0
+    assert torch.equal(out[:128], 10 * RISING[:128])
+    assert counters.added == 5 * 64 * 16
+
+
+def test_blocks_run_in_either_order(emulator: Emulator) -> None:
+    """Small numbers added before a big one count, and are lost after it."""
+    given = torch.full((1024,), 0.75)
+    sums = {}
+    for schedule in SCHEDULES:
+        out = torch.full((1024,), 0.0)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (given, out)]
+        with emulator.watch(schedule, {"in": given}, {"out": out}):
+            assert emulator.library.run_probe(b"add_big_in_block_0", *pointers, 3) == 0
+        sums[schedule] = float(out[0])
+    assert sums["round_robin"] < sums["skewed"]
+
+
 FAULTS = {
     "no_barrier": "never written|no barrier between",
     "no_second_barrier": "no barrier between",
@@ -100,6 +124,8 @@ FAULTS = {
     "into_input": "in, which is read-only",
     "two_writers": r"second write to out \+ 0",
     "read_back": "written by another thread",
+    "add_and_write": r"second write to out \+ 0",
+    "read_sum": r"read of out \+ 0, written by another thread",
     "divergent": "while other lanes of the warp are at",
     "missed_barrier": "deadlock: from thread 0 at sync_block; from thread 32 at exit",
     "missed_shuffle": "deadlock: from thread 0 at shuffle_xor; from thread 7 at exit",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megavideo.layout.intervals import TILE, intervals
 from megavideo.layout.rules import Rule
+from megavideo.layout.tiles import attention_products
 from megavideo.ops import interval
 from tests.kernels.attention_truth import true_attention
 from tests.kernels.emulated import KERNELS, SCHEDULES, Emulator, Schedule, build
@@ -91,14 +92,17 @@ CASES = [
 
 
 SEED = 0x1234_5678_9ABC_DEF0
+# Backward in two passes, and in one that adds gradients of queries atomically.
+WAYS = pytest.mark.parametrize("atomic", [False, True], ids=["two_passes", "atomic"])
 
 
-def run(case: Case, kernels: Any, device: str = "cpu") -> dict[str, Tensor]:
+def run(case: Case, kernels: Any, device: str = "cpu", atomic: bool = False) -> dict[str, Tensor]:
     """Output, lse and gradients."""
     given = [tensor.to(device) for tensor in case.inputs()]
     noise = (case.rule, case.dropout, SEED)
     out, lse = interval.forward(kernels, *given, *noise)
-    image, text = interval.backward(kernels, case.grad().to(device), *given, out, lse, *noise)
+    grad = case.grad().to(device)
+    image, text = interval.backward(kernels, grad, *given, out, lse, *noise, atomic=atomic)
     assert text is not None
     return {"out": out, "lse": lse, "grad_image": image, "grad_text": text}
 
@@ -123,10 +127,13 @@ def check(case: Case, ours: dict[str, Tensor]) -> None:
         )
 
 
+@WAYS
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_compute_the_softmax_and_its_gradients(case: Case, schedule: Schedule) -> None:
-    check(case, run(case, library(schedule)))
+def test_kernels_compute_the_softmax_and_its_gradients(
+    case: Case, schedule: Schedule, atomic: bool
+) -> None:
+    check(case, run(case, library(schedule), atomic=atomic))
 
 
 @pytest.mark.parametrize("case", [CASES[4], CASES[12]], ids=str)
@@ -134,6 +141,16 @@ def test_both_schedules_give_the_same_bits(case: Case) -> None:
     first, second = run(case, library("round_robin")), run(case, library("skewed"))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_only_gradients_of_queries_depend_on_the_order_of_atomic_additions() -> None:
+    case = CASES[7]
+    first, second = (run(case, library(schedule), atomic=True) for schedule in SCHEDULES)
+    image = [result.pop("grad_image") for result in (first, second)]
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert torch.equal(image[0][:, :, 1:], image[1][:, :, 1:])
+    assert not torch.equal(image[0][:, :, 0], image[1][:, :, 0])
 
 
 def test_text_in_a_bigger_tensor_is_read_in_place() -> None:
@@ -145,15 +162,15 @@ def test_text_in_a_bigger_tensor_is_read_in_place() -> None:
     assert torch.equal(strided[0], run(case, library())["out"])
 
 
-def test_padded_text_is_never_read() -> None:
+@WAYS
+def test_padded_text_is_never_read(atomic: bool) -> None:
     case = Case(FRAMES)
     image, text, length = case.inputs()
-    clean = run(case, library())
+    clean = run(case, library(), atomic=atomic)
     text[0, :-1] = torch.nan
     out, lse = interval.forward(library(), image, text, length, case.rule, 0.0, SEED)
-    grads = interval.backward(
-        library(), case.grad(), image, text, length, out, lse, case.rule, 0.0, SEED
-    )
+    given = (image, text, length, out, lse, case.rule, 0.0, SEED)
+    grads = interval.backward(library(), case.grad(), *given, atomic=atomic)
     for ours, expected in zip((out, lse, *grads), clean.values(), strict=True):
         assert torch.equal(ours, expected)
 
@@ -167,15 +184,16 @@ def test_rows_that_are_not_aligned_are_copied_first() -> None:
     assert torch.equal(out, run(case, library())["out"])
 
 
-def test_frozen_text_costs_no_gradient() -> None:
+@WAYS
+def test_frozen_text_costs_no_gradient(atomic: bool) -> None:
     case = CASES[2]
     given = case.inputs()
     out, lse = interval.forward(library(), *given, case.rule, 0.0, SEED)
     frozen, trained = library(), library()
     arguments = (case.grad(), *given, out, lse, case.rule, 0.0, SEED)
-    image, text = interval.backward(frozen, *arguments, text_needs_grad=False)
+    image, text = interval.backward(frozen, *arguments, text_needs_grad=False, atomic=atomic)
     assert text is None
-    assert torch.equal(image, interval.backward(trained, *arguments)[0])
+    assert torch.equal(image, interval.backward(trained, *arguments, atomic=atomic)[0])
     assert frozen.counters.mma < trained.counters.mma
 
 
@@ -185,8 +203,10 @@ def test_shared_memory_is_read_without_bank_conflicts(case: Case) -> None:
     given = case.inputs()
     out, lse = interval.forward(kernels, *given, case.rule, case.dropout, SEED)
     assert kernels.counters.bank_conflicts == 0
-    interval.backward(kernels, case.grad(), *given, out, lse, case.rule, case.dropout, SEED)
-    assert kernels.counters.bank_conflicts == 0
+    for atomic in (False, True):
+        arguments = (*given, out, lse, case.rule, case.dropout, SEED)
+        interval.backward(kernels, case.grad(), *arguments, atomic=atomic)
+        assert kernels.counters.bank_conflicts == 0
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[5]], ids=str)
@@ -203,6 +223,28 @@ def test_warps_multiply_only_tiles_that_their_queries_see(case: Case) -> None:
     spare = len(layout.slots) // TILE % 2 * 2 * (rows // 16) * 2 * (TILE // 8) * (case.size // 16)
     blocks = len(case.lengths) * case.heads
     assert kernels.counters.mma == blocks * (products + spare)
+
+
+@WAYS
+@pytest.mark.parametrize("text_needs_grad", [True, False], ids=["trained_text", "frozen_text"])
+def test_backward_does_the_products_that_plans_count(text_needs_grad: bool, atomic: bool) -> None:
+    case = Case(Rule(5, 6, two_way=True), text=64, lengths=(64,))
+    given, kernels = case.inputs(), library()
+    out, lse = interval.forward(kernels, *given, case.rule, 0.0, 0)
+    arguments = (case.grad(), *given, out, lse, case.rule, 0.0, 0, text_needs_grad, atomic)
+    interval.backward(kernels, *arguments)
+    how = "atomic" if atomic else "library"
+    expected = attention_products(case.rule, case.text, how, case.size, text_needs_grad)
+    assert kernels.counters.mma * 16 * 8 * 16 == expected.backward * case.size
+
+
+def test_atomic_additions_move_a_tile_of_float32_for_each_pair_of_tiles() -> None:
+    case = Case(Rule(2, 9), text=70, lengths=(70,))
+    kernels = library()
+    run(case, kernels, atomic=True)
+    tiles = -(-2 * 81 // TILE)
+    pairs = tiles * (tiles + 1) // 2 + tiles * -(-case.text // TILE)
+    assert kernels.counters.added == pairs * TILE * case.size * 4
 
 
 def test_arguments_outside_the_limits_are_refused() -> None:

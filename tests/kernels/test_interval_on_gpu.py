@@ -9,7 +9,7 @@ import torch
 from megavideo.layout.grid import Grid
 from megavideo.layout.rules import spatial_rule, temporal_rule
 from megavideo.ops import interval, library
-from tests.kernels.test_interval import CASES, Case, check, run
+from tests.kernels.test_interval import CASES, WAYS, Case, check, run
 
 pytestmark = pytest.mark.gpu
 
@@ -27,9 +27,10 @@ FULL = [
 ]
 
 
+@WAYS
 @pytest.mark.parametrize("case", [*CASES, *FULL], ids=str)
-def test_kernels_compute_the_softmax_and_its_gradients(case: Case) -> None:
-    check(case, run(case, library.load(), "cuda"))
+def test_kernels_compute_the_softmax_and_its_gradients(case: Case, atomic: bool) -> None:
+    check(case, run(case, library.load(), "cuda", atomic))
 
 
 @pytest.mark.parametrize("case", FULL[-2:], ids=str)
@@ -52,3 +53,22 @@ def test_kernels_run_in_a_cuda_graph() -> None:
         out, _ = interval.forward(*arguments)
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@WAYS
+def test_backward_runs_in_a_cuda_graph_again_and_again(atomic: bool) -> None:
+    case = FULL[-1]
+    given, grad = [tensor.cuda() for tensor in case.inputs()], case.grad().cuda()
+    kernels = library.load()
+    out, lse = interval.forward(kernels, *given, case.rule, 0.0, 0)
+    arguments = (kernels, grad, *given, out, lse, case.rule, 0.0, 0)
+    expected = interval.backward(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = interval.backward(*arguments, atomic=atomic)
+    for _ in range(3):  # Sums that are not cleared would grow.
+        graph.replay()
+    for value, other in zip(ours, expected, strict=True):
+        assert value is not None and other is not None
+        torch.testing.assert_close(value, other, rtol=0.03, atol=0.03)

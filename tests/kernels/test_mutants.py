@@ -5,8 +5,11 @@ result that is not the softmax, or by bank conflicts.
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +19,38 @@ from tests.kernels import test_interval, test_neighbourhood
 from tests.kernels.emulated import KERNELS, SCHEDULES, Emulator, Fault, build
 from tests.kernels.watched import WatchedLibrary
 
-FAMILIES = {"interval": test_interval, "neighbourhood": test_neighbourhood}
-CONFLICT_FREE = {
-    "interval": test_interval.CASES[4],
-    "neighbourhood": test_neighbourhood.WITHOUT_CONFLICTS,
+Case = test_interval.Case | test_neighbourhood.Case
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels in files named `sources`*, and what their tests do with them."""
+
+    sources: str
+    run: Callable[..., dict[str, Tensor]]
+    truth: Callable[[Any], dict[str, Tensor]]
+    tolerance: dict[torch.dtype, float]
+    cases: Sequence[Case]
+    conflict_free: Case
+
+
+_INTERVAL = (
+    test_interval.truth,
+    test_interval.TOLERANCE,
+    test_interval.CASES,
+    test_interval.CASES[4],
+)
+FAMILIES = {
+    "interval": Family("interval", test_interval.run, *_INTERVAL),
+    "atomic": Family("interval", partial(test_interval.run, atomic=True), *_INTERVAL),
+    "neighbourhood": Family(
+        "neighbourhood",
+        test_neighbourhood.run,
+        test_neighbourhood.truth,
+        test_neighbourhood.TOLERANCE,
+        test_neighbourhood.CASES,
+        test_neighbourhood.WITHOUT_CONFLICTS,
+    ),
 }
 
 
@@ -49,7 +80,10 @@ PATCHES = {
         "dropout one too many": ("& 0xff) >= threshold", "& 0xff) > threshold"),
     },
     ("interval", "fragments.cuh"): {
-        "transposed load forgotten": ("ldmatrix_x4_trans(", "ldmatrix_x4("),
+        "transposed load forgotten": ("ldmatrix_x4_trans(right,", "ldmatrix_x4(right,"),
+    },
+    ("atomic", "fragments.cuh"): {
+        "scores not transposed": ("ldmatrix_x4_trans(words,", "ldmatrix_x4(words,"),
     },
     ("interval", "attention.cuh"): {
         "maximum of one lane": ("maximum = quad_max(maximum);", ""),
@@ -85,6 +119,28 @@ PATCHES = {
             "// This step's rows",
         ),
     },
+    ("atomic", "interval_backward.cu"): {
+        "sums not cleared": ("store_global(reinterpret_cast<float4*>(sums), float4{});", ""),
+        "sums of other queries": ("first_query + row, element, [&]", "first_query, element, [&]"),
+        "added twice": (
+            "add_global(sums, float4{",
+            "for (int i = 0; i < 2; ++i) add_global(sums, float4{",
+        ),
+        "written instead of added": (
+            "add_global(sums, float4{",
+            "store_global(reinterpret_cast<float4*>(sums), float4{",
+        ),
+        "sums never converted": (
+            "return launch_by_queries(interval_backward_end<Variant>, kTileBytes, p, stream);",
+            "return 0;",
+        ),
+        "no barrier before adding": ("sync_block();  // All warps'", "// All warps'"),
+        "keys overwritten in use": ("Way == Queries::added ? sync_block() : ", ""),
+        "keys that nobody sees multiplied": (
+            "if (!some.meets(block.first_key + key, 16)) continue;",
+            "",
+        ),
+    },
     ("neighbourhood", "neighbourhood.cuh"): {
         "strip overwritten": ("sync_block();  // The last strip", "// The last strip"),
         "no wait for strip": ("cp_async_wait<0>();", ""),
@@ -113,22 +169,21 @@ MUTANTS = [
 def complaint(library: Path, family: str) -> str:
     """What the tests of a family have against a library; empty if nothing."""
     emulator, tests = Emulator(library), FAMILIES[family]
-    conflict_free = CONFLICT_FREE[family]
-    for case in (conflict_free, *filter(_is_common, tests.CASES)):
+    for case in (tests.conflict_free, *filter(_is_common, tests.cases)):
         for schedule in SCHEDULES:
             kernels = WatchedLibrary(emulator, schedule)
             try:
                 ours = tests.run(case, kernels)
             except Fault as fault:
                 return f"fault: {fault}"
-            if wrong := _wrong(ours, tests.truth(case), tests.TOLERANCE[case.dtype]):
+            if wrong := _wrong(ours, tests.truth(case), tests.tolerance[case.dtype]):
                 return f"wrong: {', '.join(wrong)}"
-            if case == conflict_free and kernels.counters.bank_conflicts:
+            if case == tests.conflict_free and kernels.counters.bank_conflicts:
                 return "bank conflicts"
     return ""
 
 
-def _is_common(case: test_interval.Case | test_neighbourhood.Case) -> bool:
+def _is_common(case: Case) -> bool:
     return case.size == 64 and case.dtype == torch.bfloat16
 
 
@@ -144,7 +199,8 @@ def _wrong(ours: dict[str, Tensor], truth: dict[str, Tensor], limit: float) -> l
 
 def _sources(kernels: Path, family: str) -> list[Path]:
     folder = kernels / "local_attention"
-    return [kernels / "library.cu", *sorted(folder.glob(f"{family}*.cu"))]
+    named = sorted(folder.glob(f"{FAMILIES[family].sources}*.cu"))
+    return [kernels / "library.cu", *named]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

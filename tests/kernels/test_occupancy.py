@@ -22,6 +22,8 @@ def test_two_blocks_of_interval_attention_share_a_multiprocessor(size: int) -> N
     assert blocks(kernels, A100) >= (3 if size == 64 else 2)
     test_interval.run(case, kernels)
     assert blocks(kernels, H100) >= 2
+    test_interval.run(case, kernels, atomic=True)
+    assert blocks(kernels, A100) >= 2
 
 
 @pytest.mark.parametrize(("size", "forward", "backward"), [(64, 4, 3), (128, 2, 1)])

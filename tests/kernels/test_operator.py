@@ -30,8 +30,13 @@ def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]
     return image, text, torch.tensor([2, 5])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradients_reach_both_inputs(dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("dropout", "way"), [(0.0, "deterministic"), (0.2, "deterministic"), (0.2, "atomic")]
+)
+def test_gradients_reach_both_inputs(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, way: str
+) -> None:
+    monkeypatch.setenv("MEGAVIDEO_ATTENTION_BACKWARD", way)
     image, text, length = inputs()
     torch.manual_seed(7)
     out = local_attention(image, text, length, RULE, dropout)
@@ -45,6 +50,7 @@ def test_gradients_reach_both_inputs(dropout: float) -> None:
     for value, truth in zip((out, *ours), (expected, *exact), strict=True):
         tolerance = TOLERANCE[torch.bfloat16]
         torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=tolerance)
+    assert (library_module.load().counters.added > 0) == (way == "atomic")
 
 
 def test_text_that_needs_no_gradient_gets_none() -> None:
@@ -55,16 +61,34 @@ def test_text_that_needs_no_gradient_gets_none() -> None:
     assert text.grad is None
 
 
-def test_the_operator_passes_opcheck() -> None:
+@pytest.mark.parametrize("atomic", [False, True], ids=["two_passes", "atomic"])
+def test_the_operator_passes_opcheck(atomic: bool) -> None:
     image, text, length = inputs()
-    arguments = (image, text, length, encode_rule(RULE), 0.2, torch.tensor(5), "library")
+    arguments = (image, text, length, encode_rule(RULE), 0.2, torch.tensor(5), "library", atomic)
     torch.library.opcheck(torch.ops.megavideo.local_attention.default, arguments)
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_selfcheck_accepts_these_kernels(head_size: int) -> None:
+@pytest.mark.parametrize(("head_size", "atomic"), [(64, False), (128, False), (128, True)])
+def test_selfcheck_accepts_these_kernels(head_size: int, atomic: bool) -> None:
     device = torch.device("cpu")
-    assert disagreement(library(), device, torch.bfloat16, head_size) == ""
+    assert disagreement(library(), device, torch.bfloat16, head_size, atomic) == ""
+
+
+def test_selfcheck_refuses_sums_that_were_never_made() -> None:
+    class NoWorkspace:
+        """Says that a single pass needs a workspace and then leaves it alone."""
+
+        def __getattr__(self, name: str) -> object:
+            def call(problem, stream=None):  # type: ignore[no-untyped-def]
+                if name == "megavideo_interval_backward":
+                    return 0
+                given = (problem,) if name == "megavideo_interval_workspace" else (problem, stream)
+                return getattr(library(), name)(*given)
+
+            return call
+
+    reason = disagreement(NoWorkspace(), torch.device("cpu"), torch.bfloat16, 64, atomic=True)
+    assert "its atomic gradient of image differs" in reason
 
 
 @pytest.mark.parametrize("field", ["begin", "end", "seen_by", "text_length"])

@@ -17,11 +17,15 @@ ARCHITECTURES = ("80", "90")
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 128
 
-# Blocks on a multiprocessor by kernel and head size: what __launch_bounds__ asks for.
+# Blocks on a multiprocessor by kernel and head size: what __launch_bounds__ asks for; where it says
+# nothing, enough to keep memory busy.
 BLOCKS = {
     "interval_forward": {64: 2, 128: 2},
     "interval_backward_queries": {64: 3, 128: 2},
     "interval_backward_keys": {64: 2, 128: 2},
+    "interval_backward_keys_and_queries": {64: 2, 128: 2},
+    "interval_backward_begin": {64: 12, 128: 12},
+    "interval_backward_end": {64: 12, 128: 12},
     "neighbourhood_forward": {64: 4, 128: 2},
     "neighbourhood_backward_queries": {64: 3, 128: 1},
     "neighbourhood_backward_keys": {64: 3, 128: 1},

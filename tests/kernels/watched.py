@@ -38,8 +38,13 @@ class WatchedLibrary:
         regions = _interval_regions(problem._obj, ("out", "lse"), ())
         return self._call("megavideo_interval_forward", problem, regions)
 
+    def megavideo_interval_workspace(self, problem: Any) -> int:
+        function = self.emulator.library.megavideo_interval_workspace
+        function.restype = ctypes.c_int64
+        return int(function(problem))
+
     def megavideo_interval_backward(self, problem: Any, stream: None) -> int:
-        outputs = ("delta", "grad_image", "grad_text")
+        outputs = ("delta", "grad_image", "grad_text", "workspace")
         regions = _interval_regions(problem._obj, outputs, ("out", "lse", "grad_out"))
         return self._call("megavideo_interval_backward", problem, regions)
 
@@ -85,6 +90,7 @@ def _interval_bytes(p: Any) -> dict[str, int]:
     tiles = p.places // TILE
     rows = p.batch * p.image_slots * p.heads
     words = {"slots": p.places, "begin": p.places, "end": p.places, "lse": rows, "delta": rows}
+    words["workspace"] = p.batch * p.heads * p.places * p.head_size
     words |= {"bounds": 4 * tiles, "seen_by": 2 * tiles, "text_length": 2 * p.batch}
     halves = {name: rows * p.head_size for name in ("out", "grad_out")}
     halves["grad_image"] = 3 * rows * p.head_size

@@ -76,6 +76,13 @@ void store_global(T* address, T value) {
   *address = value;
 }
 
+inline void add_global(float* address, float4 x) {
+  emulator::check_global_add(address, sizeof(float4));
+  emulator::counters.added += sizeof(float4);
+  const float values[4] = {x.x, x.y, x.z, x.w};
+  for (int i = 0; i < 4; ++i) address[i] += values[i];
+}
+
 inline Shared shared_base() { return emulator::shared_begin(); }
 
 template <class T>

@@ -70,6 +70,7 @@ struct Region {
   bool writable;
   std::vector<uint32_t> writers;  // per two bytes: 1 + thread's number in the grid, 0 is nobody
 };
+constexpr uint32_t kAdders = UINT32_MAX;  // as a writer: threads that add, however many
 
 Schedule schedule = Schedule::round_robin;
 std::vector<Region> regions;
@@ -299,6 +300,20 @@ size_t first_writer(const Region& region, const void* address) {
   return (static_cast<const unsigned char*>(address) - region.begin) / 2;
 }
 
+// Note who writes; all writes to a place in a launch must be by one thread, or be additions.
+void claim(void* address, size_t bytes, uint32_t writer) {
+  Region* region = region_of(address, bytes);
+  if (!region) return;
+  if (!region->writable) fault("write to %s, which is read-only", region->name.c_str());
+  size_t first = first_writer(*region, address);
+  for (size_t i = first; i < first + bytes / 2; ++i) {
+    if (region->writers[i] && region->writers[i] != writer) {
+      fault("second write to %s + %zu", region->name.c_str(), 2 * i);
+    }
+    region->writers[i] = writer;
+  }
+}
+
 }  // namespace
 
 void fault(const char* format, ...) {
@@ -324,18 +339,9 @@ void check_global_read(const void* address, size_t bytes) {
   }
 }
 
-void check_global_write(void* address, size_t bytes) {
-  Region* region = region_of(address, bytes);
-  if (!region) return;
-  if (!region->writable) fault("write to %s, which is read-only", region->name.c_str());
-  size_t first = first_writer(*region, address);
-  for (size_t i = first; i < first + bytes / 2; ++i) {
-    if (region->writers[i] && region->writers[i] != number_in_grid()) {
-      fault("second write to %s + %zu", region->name.c_str(), 2 * i);
-    }
-    region->writers[i] = number_in_grid();
-  }
-}
+void check_global_write(void* address, size_t bytes) { claim(address, bytes, number_in_grid()); }
+
+void check_global_add(void* address, size_t bytes) { claim(address, bytes, kAdders); }
 
 Shared shared_begin() { return kSharedBase; }
 
@@ -432,14 +438,12 @@ int launch(const std::function<void()>& kernel, Index grid, int num_threads, int
   body = &kernel;
   grid_size = grid;
   block_size = num_threads;
-  for (unsigned z = 0; z < grid.z && fault_text.empty(); ++z) {
-    for (unsigned y = 0; y < grid.y && fault_text.empty(); ++y) {
-      for (unsigned x = 0; x < grid.x && fault_text.empty(); ++x) {
-        block_index = {x, y, z};
-        reset_block(num_threads, shared_bytes);
-        run_block();
-      }
-    }
+  unsigned blocks = grid.x * grid.y * grid.z;
+  for (unsigned i = 0; i < blocks && fault_text.empty(); ++i) {
+    unsigned block = schedule == Schedule::skewed ? blocks - 1 - i : i;
+    block_index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    reset_block(num_threads, shared_bytes);
+    run_block();
   }
   return fault_text.empty() ? 0 : kFault;
 }
@@ -493,7 +497,8 @@ using namespace megavideo::emulator;
 // The message of the last launch's fault, or an empty string.
 extern "C" const char* emulator_fault() { return last_fault(); }
 
-// Forget regions and counters; `skewed`: each warp runs until it waits for another, else in turns.
+// Forget regions and counters; `skewed`: each warp runs until it waits for another, blocks last to
+// first, else all in turns.
 extern "C" void emulator_reset(int skewed) {
   schedule = skewed ? Schedule::skewed : Schedule::round_robin;
   regions.clear();

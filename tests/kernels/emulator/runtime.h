@@ -6,8 +6,10 @@
 //     between them; this is judged from epochs and so does not depend on the schedule;
 //   - global memory: outside the regions given by `emulator_region`, misaligned, a write to a
 //     read-only region, one location written by two threads, or read after another thread's write;
+//     threads may add to one location, but none may also write or read it in that launch;
 //   - lanes of a warp at different collectives, or a barrier that some threads never reach.
-// A cp.async moves its bytes at the last moment, in the wait that finishes it.
+// A cp.async moves its bytes at the last moment, in the wait that finishes it. The skewed schedule also
+// runs the blocks of a grid last to first, so that what depends on their order shows.
 #pragma once
 
 #include <cstddef>
@@ -31,6 +33,7 @@ struct Counters {
   uint64_t copied;          // by cp.async, without zero fills
   uint64_t loaded;
   uint64_t stored;
+  uint64_t added;         // by atomic additions
   uint64_t barriers;      // of the block
   uint64_t shared_bytes;  // of a block, the most
 };
@@ -47,6 +50,7 @@ extern unsigned block_size;
 
 void check_global_read(const void* address, size_t bytes);
 void check_global_write(void* address, size_t bytes);
+void check_global_add(void* address, size_t bytes);
 
 // Address of the block's shared memory.
 Shared shared_begin();

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megavideo.ops import backends, library
-from megavideo.ops.backends import choose
+from megavideo.ops.backends import atomic_backward, choose
 from megavideo.ops.library import LibraryError
 
 
@@ -15,6 +15,7 @@ from megavideo.ops.library import LibraryError
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Choices are made once a process: forget them, before and after."""
     monkeypatch.delenv("MEGAVIDEO_ATTENTION", raising=False)
+    monkeypatch.delenv("MEGAVIDEO_ATTENTION_BACKWARD", raising=False)
     choose.cache_clear()
     yield
     choose.cache_clear()
@@ -91,3 +92,36 @@ def test_a_backend_that_cannot_is_refused(
     monkeypatch.setenv("MEGAVIDEO_ATTENTION", name)
     with pytest.raises(ValueError, match=message):
         choose("cpu", torch.float64, 64, False)
+
+
+def test_the_backward_pass_is_deterministic_unless_atomic_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_library(monkeypatch)
+    monkeypatch.setattr(logging.getLogger("megavideo"), "propagate", True)
+    assert not atomic_backward()
+    monkeypatch.setenv("MEGAVIDEO_ATTENTION_BACKWARD", "atomic")
+    assert atomic_backward()
+    with caplog.at_level(logging.INFO, logger="megavideo"):
+        choose("cuda", torch.bfloat16, 64, True)
+        choose("cpu", torch.float32, 64, False)
+    assert "library, atomic backward (last bits of gradients vary" in caplog.text
+    assert "sdpa, on which MEGAVIDEO_ATTENTION_BACKWARD=atomic has no effect" in caplog.text
+
+
+def test_an_unknown_backward_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAVIDEO_ATTENTION_BACKWARD", "fast")
+    with pytest.raises(ValueError, match="BACKWARD=fast is neither deterministic"):
+        choose("cpu", torch.float32, 64, False)
+
+
+def test_atomic_is_refused_where_torch_must_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not atomic_backward()
+    monkeypatch.setenv("MEGAVIDEO_ATTENTION_BACKWARD", "atomic")
+    with pytest.raises(ValueError, match="forbids that; unset one of the two"):
+        atomic_backward()
+    monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: True)
+    assert atomic_backward()

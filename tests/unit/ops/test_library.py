@@ -19,7 +19,8 @@ echo called >>"{calls}"
 while [ "$1" != -o ]; do shift; done
 case "$2" in
   *.so) printf 'int megavideo_abi(void) {{ return {abi}; }}
-char *megavideo_error_text(int s) {{ return ""; }}' | gcc -shared -fPIC -o "$2" -x c - ;;
+char *megavideo_error_text(int s) {{ return ""; }}
+long megavideo_interval_workspace(void *p) {{ return 0; }}' | gcc -shared -fPIC -o "$2" -x c - ;;
   *) : >"$2" ;;
 esac
 """
