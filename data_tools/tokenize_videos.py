@@ -1,11 +1,10 @@
 """`megavideo tokenize-videos`: decode videos, encode frames and captions, write shards."""
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
@@ -15,6 +14,7 @@ import click
 
 from megavideo import options
 from megavideo.data.captions import read_captions
+from megavideo.data.job_part import Part
 from megavideo.data.sample import TokenClip
 from megavideo.data.shards import Making, Sidecar, remove_shard, write_shard
 from megavideo.data.tokenizing import (
@@ -33,9 +33,14 @@ from megavideo.data.workers import map_survivors
 from megavideo.files import atomic_write
 from megavideo.log import log, progress
 
-FAILED_FILE = "failed.jsonl"
-LOCK_FILE = ".lock"
 MIN_BROKEN = 100  # below it, a share says little
+
+
+def _part(context: click.Context, option: click.Parameter, value: str) -> Part:
+    try:
+        return Part.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.command()
@@ -98,6 +103,13 @@ MIN_BROKEN = 100  # below it, a share says little
     help="Frames encoded at once.",
 )
 @click.option(
+    "--part",
+    callback=_part,
+    default="1/1",
+    show_default=True,
+    help="K/N: of N jobs that share OUTPUT, on GPUs or machines, this is the K-th.",
+)
+@click.option(
     "--max-broken",
     type=click.FloatRange(0, 1),
     default=0.1,
@@ -119,6 +131,7 @@ def main(
     workers: int,
     device: str,
     batch: int,
+    part: Part,
     max_broken: float,
     dry_run: bool,
 ) -> None:
@@ -128,13 +141,16 @@ def main(
 
     A clip is put aside for validation by a hash of its caption, so no caption is on both sides. A
     broken video is skipped and written to OUTPUT/failed.jsonl with the reason. A job that was cut
-    off goes on where it was: run it again. One job at a time writes to OUTPUT.
+    off goes on where it was: run it again. Several jobs share the work by --part; the shards are
+    the same in any number of parts.
 
     \b
     Example:
       megavideo tokenize-videos clips/captions.csv tokens --size 64 --holdout 0.1 \\
           --text-tokenizer text.model --image-tokenizer image.safetensors
       megavideo build-index tokens/train tokens/validation
+    On eight GPUs, each job with its own; then build the index:
+      megavideo tokenize-videos clips.csv tokens ... --device cuda:2 --workers 4 --part 3/8
     """
     started = time.monotonic()
     table = read_captions(captions)
@@ -146,22 +162,25 @@ def main(
     plans = make_plan(table, videos, output, clips_per_shard, holdout, settings, making)
     check_no_strangers(plans)
     _warn_unnamed(videos, {item.video for plan in plans for item in plan.items})
+    plans = part.choose(plans)
     if dry_run:
         _print_plan(plans, making)
         return
-    with _alone_in(output):
+    with part.alone_in(output):
         sidecars, failures = _make_shards(plans, settings, making, workers, max_broken)
-    _write_failures(output / FAILED_FILE, failures)
+    failed_file = output / part.failed_file
+    _write_failures(failed_file, failures)
     clips = sum(sidecar.count for sidecar in sidecars)
+    videos_given = sum(len(plan.items) for plan in plans)
     if not clips:
         raise ValueError(
-            f"none of the {len(table)} videos could be used, the first because: "
-            f"{failures[0]['reason']}; see {output / FAILED_FILE}"
+            f"none of the {videos_given} videos could be used, the first because: "
+            f"{failures[0]['reason']}; see {failed_file}"
         )
     folders = sorted({str(plan.path.parent) for plan in plans})
     click.echo(
-        f"tokenised {clips} of {len(table)} videos ({len(failures)} broken"
-        f"{f', see {output / FAILED_FILE}' if failures else ''}) into {len(sidecars)} shards, "
+        f"tokenised {clips} of {videos_given} videos ({len(failures)} broken"
+        f"{f', see {failed_file}' if failures else ''}) into {len(sidecars)} shards, "
         f"{sum(s.bytes for s in sidecars) / 1e6:.1f} MB in {time.monotonic() - started:.1f} s; "
         f"next: megavideo build-index {' '.join(folders)}"
     )
@@ -185,20 +204,6 @@ def _print_plan(plans: Sequence[ShardPlan], making: Making) -> None:
         f"{len(plans)} shards, {making.side}x{making.side} tokens a frame at {making.fps} fps, "
         f"{len(missing)} videos are missing{f', as {missing[0]}' if missing else ''}"
     )
-
-
-@contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """ValueError if another job writes to `output`: each would remove what the other has begun."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / LOCK_FILE, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another tokenize-videos is writing to {output}; wait for it"
-            ) from error
-        yield
 
 
 class Broken:

@@ -185,7 +185,8 @@ def _key(number: int, video: str) -> str:
 
 def _source(items: Sequence[Item], settings: Settings, making: Making) -> str:
     """Digest of all that a shard is made from; a video counts by size and time of change."""
-    parts = [making, settings.size, settings.max_seconds, settings.device, settings.batch]
+    device = torch.device(settings.device).type  # cuda:0 and cuda:1 are alike
+    parts = [making, settings.size, settings.max_seconds, device, settings.batch]
     stamps = [(item.key, item.caption, _stamp(item.video)) for item in items]
     return xxhash.xxh3_128_hexdigest(repr((parts, stamps)).encode())
 

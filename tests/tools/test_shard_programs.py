@@ -132,12 +132,34 @@ def test_a_job_that_was_cut_off_goes_on_to_the_same_bytes(
     assert first.stat().st_mtime_ns == stamp, "a finished shard was made again"
 
 
-def test_a_second_job_in_the_same_folder_is_refused(work: Path, tmp_path: Path) -> None:
-    with open(tmp_path / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        result = run_tokenize(work, tmp_path)
-        assert "another tokenize-videos is writing to" in str(result.exception)
-    assert run_tokenize(work, tmp_path).exit_code == 0
+def test_a_second_job_for_the_same_shards_is_refused(work: Path, tmp_path: Path) -> None:
+    for lock, refused, free in (
+        (".lock", "1/1", None),
+        (".lock", "1/2", None),
+        (".lock-1-of-2", "1/2", "2/2"),
+    ):
+        with open(tmp_path / lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            result = run_tokenize(work, tmp_path, "--part", refused)
+            assert f"another tokenize-videos holds {file.name}" in str(result.exception)
+            assert free is None or run_tokenize(work, tmp_path, "--part", free).exit_code == 0
+
+
+def test_jobs_that_share_the_work_make_the_shards_of_one(work: Path, tmp_path: Path) -> None:
+    assert run_tokenize(work, tmp_path / "one").exit_code == 0
+    for part in ("2/2", "1/2"):
+        result = run_tokenize(work, tmp_path / "two", "--part", part)
+        assert result.exit_code == 0
+    assert "tokenised 3 of 4 videos (1 broken, see" in result.output
+    one, two = (content(tmp_path / folder / "train") for folder in ("one", "two"))
+    assert one == two
+    failed = [path.read_text() for path in (tmp_path / "two").glob("failed-*-of-2.jsonl")]
+    assert sorted("".join(failed).splitlines()) == sorted(
+        (tmp_path / "one" / "failed.jsonl").read_text().splitlines()
+    )
+    assert run_tokenize(work, tmp_path / "two", "--part", "3/2").exit_code == 2
+    result = run_tokenize(work, tmp_path / "two", "--part", "3/5")
+    assert "there are only 4 shards" in str(result.exception)
 
 
 def test_a_job_with_too_many_broken_videos_stops(
