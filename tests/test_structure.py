@@ -35,7 +35,7 @@ ALLOWED = {
     "engine": {"config", "layout", "model", "parallel", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
     "launch": {"cli"},
-    "doctor": {"config", "ops", "model", "engine"},
+    "doctor": {"config", "ops", "model", "data", "engine"},
     "metrics": {"data"},
     "superres": {"config", "layout", "ops", "model", "sampling", "data", "checkpoint"},
     "analysis": {"config", "layout", "ops", "model", "data", "checkpoint", "engine"},

@@ -13,6 +13,7 @@ from megavideo.config.command import config_arguments
 from megavideo.config.deepspeed import check_world
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
+from megavideo.data.urls import resolve
 from megavideo.doctor import network, storage
 from megavideo.doctor.facts import Facts, collect, with_own_names
 from megavideo.doctor.judge import judge
@@ -27,8 +28,9 @@ from megavideo.log import log, rank
 @config_arguments
 @click.option("--directory", help="Folder to test instead of run.directory (default: this one).")
 @click.option(
-    "--timeout", default=60.0, show_default=True, help="Longest wait for another node, in seconds."
-)
+    "--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True,
+    help="Longest wait for another node, in seconds.",
+)  # fmt: skip
 def main(
     files: tuple[str, ...], assignments: tuple[str, ...], directory: str | None, timeout: float
 ) -> None:
@@ -49,7 +51,7 @@ def main(
     verdicts = _together(facts, config, directory, timeout)
     if rank() == 0 or (verdicts[0].check == "rendezvous" and facts.local_rank == 0):
         click.echo("\n".join(map(str, verdicts)))
-    if verdicts[0].check == "rendezvous":
+    if verdicts[0].check == "rendezvous" and _world_size() > 1:
         # Where torchrun's store is, its end ends the other nodes', which may not have spoken yet.
         time.sleep(timeout)
     # One process of a node is enough: at the first status that is not 0, torchrun kills the others,
@@ -62,9 +64,12 @@ def _paths(config: Config | None) -> tuple[str, ...]:
     """Local files and folders that every node reads."""
     if config is None:
         return ()
-    named = (config.data.train, config.data.validation, config.data.text_tokenizer)
-    more = (config.recipe.base, config.recipe.start_from)
-    return tuple(path for path in (*named, *more) if path and "://" not in path)
+    data = config.data
+    addresses = [address for address in (data.train, data.validation) if address]
+    places = [resolve(address, data.allow_commands) for address in addresses]
+    folders = [str(place) for place in places if isinstance(place, Path)]
+    named = (data.text_tokenizer, config.recipe.base, config.recipe.start_from)
+    return (*folders, *(path for path in named if path))
 
 
 def _together(
@@ -85,13 +90,17 @@ def _together(
 
 
 def _unreachable(facts: Facts, error: RuntimeError, timeout: float) -> Verdict:
-    size, place = os.environ.get("WORLD_SIZE", "1"), os.environ.get("MASTER_ADDR", "")
+    place = os.environ.get("MASTER_ADDR", "itself")
     text = (
-        f"rank {facts.rank} on {facts.node} does not reach all {size} ranks ({place}) within "
-        f"{timeout:g} s: look at firewalls, MEGAVIDEO_INTERFACE and dead nodes "
+        f"rank {facts.rank} on {facts.node} does not reach all {_world_size()} ranks ({place}) "
+        f"within {timeout:g} s: look at firewalls, MEGAVIDEO_INTERFACE and dead nodes "
         f"({str(error).splitlines()[0]})"
     )
     return Verdict("fail", "rendezvous", text)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _examine(
@@ -123,7 +132,9 @@ def _folder(
 ) -> list[Verdict]:
     wanted = Path(directory or (config.run.directory if config else "."))
     folder = world.from_rank_zero(lambda: storage.existing(wanted))
-    mark = world.from_rank_zero(lambda: storage.leave_mark(folder))
+    mark = world.from_rank_zero(lambda: _mark(folder))
+    if isinstance(mark, Verdict):
+        return [mark]
     seen: list[bool] = [False] * world.size
     dist.all_gather_object(seen, mark.exists())
     if world.rank == 0:
@@ -133,10 +144,24 @@ def _folder(
     verdicts = [storage.judge_shared(folder, blind, len(heads))]
     if world.rank == 0:
         checkpoint = storage.sizes(config).checkpoint if config else None
-        verdicts.append(storage.judge_rates(folder, storage.measure(folder), checkpoint))
+        verdicts.append(_rates(folder, checkpoint))
         if config:
             verdicts.append(storage.judge_space(folder, config))
     return verdicts
+
+
+def _mark(folder: Path) -> Path | Verdict:
+    try:
+        return storage.leave_mark(folder)
+    except OSError as error:
+        return storage.unusable("shared folder", folder, error)
+
+
+def _rates(folder: Path, checkpoint: int | None) -> Verdict:
+    try:
+        return storage.judge_rates(folder, storage.measure(folder), checkpoint)
+    except OSError as error:  # raised on one rank alone, it would leave the others waiting
+        return storage.unusable("storage", folder, error)
 
 
 def _layout(config: Config, world_size: int) -> Verdict:

@@ -72,6 +72,11 @@ def _fsync_seconds(descriptor: int) -> float:
     return (time.perf_counter() - started) / FSYNCS
 
 
+def unusable(check: str, folder: Path, error: OSError) -> Verdict:
+    """The folder cannot be written to, or has no room for a probe."""
+    return Verdict("fail", check, f"cannot write to {folder} ({error}); choose another")
+
+
 def judge_rates(folder: Path, rates: Rates, checkpoint: int | None) -> Verdict:
     """Rates in words; with a configuration also how long a checkpoint takes."""
     text = (

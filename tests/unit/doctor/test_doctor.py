@@ -1,8 +1,10 @@
 """The doctor at work, alone and among processes; docs/cluster.md's test runs the command."""
 
+import errno
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from megavideo.config.load import load_config
-from megavideo.doctor import command, judge, network
+from megavideo.doctor import command, judge, network, storage
 from megavideo.doctor.facts import collect
 from megavideo.doctor.verdict import Level, Verdict
 from megavideo.engine.world import join_world
@@ -42,6 +44,28 @@ def test_a_missing_file_and_an_impossible_layout_would_stop_training(config: Pat
     layout = command._layout(wrong, 2)
     assert layout.level == "fail"
     assert "parallel.world_size=8, but 2 processes were started" in layout.text
+
+
+def test_commands_and_urls_of_shards_are_no_files(config: Path, tmp_path: Path) -> None:
+    places = [
+        "data.allow_commands=true",
+        "data.train=pipe:cat x",
+        f"data.validation=file://{tmp_path}",
+    ]
+    paths = command._paths(load_config([config], places))
+    assert "pipe:cat x" not in paths and str(tmp_path) in paths
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(command._mark(Path("/proc"))).startswith(
+        "fail  shared folder  cannot write to /proc"
+    )
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(storage, "measure", Mock(side_effect=full))
+    verdict = command._rates(tmp_path, None)
+    assert (verdict.level, verdict.check) == ("fail", "storage") and "No space" in verdict.text
 
 
 def test_a_node_that_reaches_nobody_says_so_with_what_it_knows(
