@@ -48,6 +48,7 @@ class KernelDistribution(Distribution):
 setup(
     packages=[*find_packages(include=["megavideo", "megavideo.*"]), "megavideo.data_tools"],
     package_dir={"megavideo.data_tools": "data_tools"},
+    package_data={"megavideo.ops": ["attention_table.json"]},
     cmdclass={"build_py": BuildWithKernels},
     distclass=KernelDistribution,
 )

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from megavideo import options
+from megavideo.benchmark.attention_order import measured_table
 from megavideo.benchmark.contenders import CONTENDERS, REORDERED, CannotRun, Problem, Ready
 from megavideo.benchmark.harness import Ceilings, environment, measure_ceilings, time_interleaved
-from megavideo.files import atomic_path, atomic_write
+from megavideo.files import atomic_path, atomic_write, write_json
 from megavideo.layout.grid import Grid
 from megavideo.layout.render import visible_pairs
 from megavideo.layout.rules import Rule, spatial_rule, temporal_rule
@@ -141,7 +142,12 @@ def measure(
 def _labels(case: Case, contender: str, direction: str) -> dict[str, Any]:
     sizes = {"heads": case.heads, "head_size": case.head_size, "text": case.text}
     layout = {"frames": case.rule.frames, "side": case.rule.side}
-    labels = {"pattern": case.pattern, "batch": case.batch, "dropout": case.dropout}
+    labels = {
+        "pattern": case.pattern,
+        "family": case.rule.family,
+        "batch": case.batch,
+        "dropout": case.dropout,
+    }
     dtype = str(case.dtype).removeprefix("torch.")
     return {
         **labels,
@@ -209,9 +215,10 @@ def main(
 ) -> None:
     """Time local attention: our kernels, torch's alternatives, the published dense code.
 
-    Writes attention.jsonl (a row per case and contender), attention.md and attention.png. Defaults
-    are the published model's sizes. A contender whose output is wrong is not timed, and the row
-    says so.
+    Writes attention.jsonl (a row per case and contender), attention.md and attention.png, and
+    attention_table.json: the order in which training tries backends on this machine, where
+    MEGAVIDEO_ATTENTION_TABLE names that file. Defaults are the published model's sizes. A contender
+    whose output is wrong is not timed, and the row says so.
 
     \b
     Example, on a laptop, where the fused kernels cannot run:
@@ -245,7 +252,10 @@ def main(
         file.write(page(rows).encode())
     with atomic_path(output / "attention.png") as path:
         draw(rows).savefig(path, format="png", dpi=120)
+    write_json(output / "attention_table.json", measured_table(rows).model_dump())
     log.info("wrote %s", output / "attention.md")
+    table = output / "attention_table.json"
+    log.info("MEGAVIDEO_ATTENTION_TABLE=%s makes training go by this order", table)
 
 
 def _run(cases: Sequence[Case], device: torch.device, rounds: int) -> list[dict[str, Any]]:

@@ -6,12 +6,14 @@ no image (`text_visible`).
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megavideo.layout.grid import Grid
 
 # An integer, a NumPy array or a torch tensor: rules use only //, %, comparisons and & | on them.
 Slots = Any
+# Rules that programs find alike: a block is a frame, everything, or a window through all frames.
+Family = Literal["frames", "everything", "windows"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Rule:
 
     def _band(self, coordinate: Slots) -> Slots:
         return (coordinate + self.window - self.shift) // self.window
+
+    @property
+    def family(self) -> Family:
+        """What its blocks are."""
+        return "frames" if self.own_frame else "windows" if self.window else "everything"
 
     @property
     def _per_frame(self) -> int:

@@ -3,6 +3,7 @@
 import torch
 
 from megavideo.config.schema import Config
+from megavideo.layout.rules import Family
 from megavideo.layout.tiles import Attention
 from megavideo.model.flops import Execution
 from megavideo.ops.backends import atomic_backward, choose
@@ -17,11 +18,19 @@ TILES: dict[str, Attention] = {
 }
 
 
+def program(backend: str) -> Attention:
+    """What `backend` does backward too, as this process is set."""
+    return "atomic" if backend == "library" and atomic_backward() else TILES[backend]
+
+
 def execution_here(config: Config) -> Execution:
-    """With the attention backend that this machine's training uses."""
+    """With the attention backends that this machine's training uses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[config.recipe.precision]
     dropout = config.recipe.attention_dropout > 0
-    backend = choose(device, dtype, config.model.head_size, dropout)
-    is_atomic = backend == "library" and atomic_backward()
-    return Execution("atomic" if is_atomic else TILES[backend], config.parallel.recompute)
+    temporal: Family = "windows" if config.recipe.window else "everything"
+
+    def of(family: Family) -> Attention:
+        return program(choose(device, dtype, config.model.head_size, dropout, family))
+
+    return Execution(of(temporal), config.parallel.recompute, of("frames"))

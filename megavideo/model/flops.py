@@ -59,10 +59,17 @@ class Execution:
     Attributes:
         attention: the program of image attention (layout/tiles.py).
         recompute: parallel.recompute.
+        spatial_attention: that of the spatial channel, if it is another.
     """
 
     attention: Attention = "visible"
     recompute: Recompute = "none"
+    spatial_attention: Attention | None = None
+
+    def program(self, rule: Rule) -> Attention:
+        """Of attention by `rule`."""
+        spatial = self.spatial_attention or self.attention
+        return spatial if rule.own_frame else self.attention
 
 
 USEFUL = Execution()
@@ -183,6 +190,8 @@ def _image_attention(
     part: str, rule: Rule, text: int, model: ModelConfig, execution: Execution, text_gradient: bool
 ) -> Work:
     """Image queries over image and text keys; frozen text keys and values need no gradient."""
-    products = attention_products(rule, text, execution.attention, model.head_size, text_gradient)
+    products = attention_products(
+        rule, text, execution.program(rule), model.head_size, text_gradient
+    )
     h = model.hidden
     return Work(part, 2 * h * products.forward, 2 * h * products.backward, 0)

@@ -1,12 +1,13 @@
-"""Which program computes local attention: what each backend can do, and which is preferred where.
+"""Which program computes local attention: what each backend can do, and which is taken.
 
     library    the fused CUDA kernels (kernels/local_attention/)
     flex       torch's FlexAttention
     sdpa       torch's scaled_dot_product_attention, block by block
     reference  plain torch; the meaning of all the others
 
-The environment variable MEGAVIDEO_ATTENTION names one for a whole run, to compare or to work
-around. MEGAVIDEO_ATTENTION_BACKWARD=atomic lets the kernels go backward in one pass that adds up
+The preferred one is looked up in a table (attention_table.py). The environment variable
+MEGAVIDEO_ATTENTION names one for a whole run instead, to compare or to work around.
+MEGAVIDEO_ATTENTION_BACKWARD=atomic lets the kernels go backward in one pass that adds up
 the gradients of queries in whatever order; `deterministic`, the default, is two passes whose bits
 are the same in each run (kernels/local_attention/README.md has the arithmetic of both).
 """
@@ -17,33 +18,28 @@ from functools import lru_cache
 
 import torch
 
+from megavideo.layout.rules import Family
 from megavideo.log import log
 from megavideo.ops import library
+from megavideo.ops.attention_table import Case, preference
 from megavideo.ops.c_call import ELEMENTS, HEAD_SIZES
 from megavideo.ops.selfcheck import disagreement
 
-# Best first. On a GPU the kernels' lead is an expectation until kernels/local_attention/README.md
-# has measurements; on a CPU SDPA was measured to beat the reference.
-PREFERRED = {"cuda": ("library", "flex", "reference"), "cpu": ("sdpa", "reference")}
-
 
 @lru_cache(maxsize=64)
-def choose(device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    """The backend for this type of device, elements, D and dropout; says so in the log, once.
+def choose(device: str, dtype: torch.dtype, head_size: int, dropout: bool, family: Family) -> str:
+    """The backend for a type of device, elements, D, dropout and a family of rules.
+
+    Says in the log, once, what was chosen, by what, and why better ones were not.
 
     Raises:
-        ValueError: if MEGAVIDEO_ATTENTION names a backend that cannot do it.
+        ValueError: if MEGAVIDEO_ATTENTION names a backend that cannot do it, or
+            MEGAVIDEO_ATTENTION_TABLE a file that is no table.
     """
+    case = Case(device, dtype, head_size, dropout, family)
     forced = os.environ.get("MEGAVIDEO_ATTENTION")
-    passed_over: list[str] = []
-    if forced:
-        backend = _forced(forced, device, dtype, head_size, dropout)
-    else:
-        backend, passed_over = _preferred(device, dtype, head_size, dropout)
-    noise = "with" if dropout else "without"
-    case = f"attention on {device}, {dtype}, head size {head_size}, {noise} dropout"
-    others = "".join(f"; not {reason}" for reason in passed_over)
-    log.info("%s: %s%s%s", case, backend, _said_of_backward(backend), others)
+    backend, why = _forced(forced, case) if forced else _preferred(case)
+    log.info("%s: %s%s; %s", case, backend, _said_of_backward(backend), why)
     return backend
 
 
@@ -81,25 +77,28 @@ def _said_of_backward(backend: str) -> str:
     return ", on which MEGAVIDEO_ATTENTION_BACKWARD=atomic has no effect"
 
 
-def _forced(name: str, device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+def _forced(name: str, case: Case) -> tuple[str, str]:
     if name not in _OBSTACLES:
         raise ValueError(f"MEGAVIDEO_ATTENTION={name} is none of {', '.join(_OBSTACLES)}")
-    if reason := _OBSTACLES[name](device, dtype, head_size, dropout):
+    if reason := _obstacle(name, case):
         raise ValueError(f"MEGAVIDEO_ATTENTION={name}: {reason}; unset it, or name another backend")
-    return name
+    return name, "MEGAVIDEO_ATTENTION names it"
 
 
-def _preferred(
-    device: str, dtype: torch.dtype, head_size: int, dropout: bool
-) -> tuple[str, list[str]]:
-    """The best backend that can, and why better ones cannot."""
-    passed_over: list[str] = []
-    for name in PREFERRED.get(device, ()):
-        reason = _OBSTACLES[name](device, dtype, head_size, dropout)
+def _preferred(case: Case) -> tuple[str, str]:
+    """The best backend that can, and what says that it is the best of those."""
+    preferred = preference(case)
+    why = [f"order by {preferred.source}"]
+    for name in preferred.order:
+        reason = _obstacle(name, case)
         if not reason:
-            return name, passed_over
-        passed_over.append(f"{name} ({reason})")
-    return "reference", passed_over
+            return name, "; ".join(why)
+        why.append(f"not {name} ({reason})")
+    raise AssertionError("the reference can do everything")
+
+
+def _obstacle(name: str, case: Case) -> str:
+    return _OBSTACLES[name](case.device, case.dtype, case.head_size, case.dropout)
 
 
 def library_obstacle(device: str, dtype: torch.dtype, head_size: int, dropout: bool) -> str:

@@ -35,7 +35,8 @@ def local_attention(
 
     Returns: [B, V, H*D].
     """
-    backend = choose(image_qkv.device.type, image_qkv.dtype, image_qkv.shape[-1], dropout > 0)
+    device, dtype, size = image_qkv.device.type, image_qkv.dtype, image_qkv.shape[-1]
+    backend = choose(device, dtype, size, dropout > 0, rule.family)
     if backend == "flex":
         return flex_local_attention(image_qkv, text_kv, text_length, rule)
     if backend == "sdpa":

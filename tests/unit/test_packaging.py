@@ -37,6 +37,7 @@ def test_without_nvcc_the_sources_are_installed(checkout: Path) -> None:
         assert (kernels / source.relative_to(ROOT / "kernels")).is_file()
     assert (kernels / "include" / "megavideo.h").is_file()
     assert not (kernels / "build").exists()
+    assert (kernels.parent / "ops" / "attention_table.json").is_file()
 
 
 def test_with_nvcc_the_library_is_installed_too(checkout: Path) -> None:

@@ -12,7 +12,7 @@ from megavideo.benchmark.calibration.clock import Call, seconds_of
 from megavideo.layout.grid import Grid
 from megavideo.layout.rules import spatial_rule, temporal_rule
 from megavideo.layout.tiles import attention_products
-from megavideo.model.execution import TILES
+from megavideo.model.execution import program
 from megavideo.ops.backends import choose
 from megavideo.ops.local_attention import local_attention
 from megavideo.plan.time import BACKWARD_STATES, FORWARD_STATES, LOGIT_BYTES
@@ -83,8 +83,7 @@ def gemm_points(
 def attention_rates(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> tuple[str, dict[str, float]]:
-    """The backend without dropout, and its TFLOP/s of executed products, forward and backward."""
-    backend = choose(device.type, dtype, sizes.head_size, dropout=False)
+    """The backend of whole causal attention, and TFLOP/s of executed products, without dropout."""
     grid, heads, size = sizes.grid, sizes.heads, sizes.head_size
     rules = [spatial_rule(grid, "keyframes"), temporal_rule(grid, "keyframes", 0, 0)]
     shape = (sizes.batch, grid.image_tokens, 3, heads, size)
@@ -92,7 +91,11 @@ def attention_rates(
     text_shape = (sizes.batch, grid.text, 2, heads, size)
     text = torch.randn(text_shape, device=device).to(dtype).requires_grad_()
     length = torch.full((sizes.batch,), grid.text, device=device)
-    done = [attention_products(rule, grid.text, TILES[backend], size, True) for rule in rules]
+    backends = [choose(device.type, dtype, size, False, rule.family) for rule in rules]
+    done = [
+        attention_products(rule, grid.text, program(backend), size, True)
+        for rule, backend in zip(rules, backends, strict=True)
+    ]
     scale = 2e-12 * size * heads * sizes.batch
     calls: dict[str, Call] = {}
     for number, rule in enumerate(rules):
@@ -105,7 +108,7 @@ def attention_rates(
         total = sum(seconds[f"{direction} {number}"] for number in range(len(rules)))
         return scale * sum(products) / total
 
-    return backend, {
+    return backends[-1], {
         "forward": rate("forward", [p.forward for p in done]),
         "backward": rate("backward", [p.backward for p in done]),
     }

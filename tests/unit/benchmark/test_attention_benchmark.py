@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from megavideo.benchmark import attention, contenders
+from megavideo.benchmark.attention_order import measured_table
 from megavideo.benchmark.contenders import CannotRun, Problem
 from megavideo.benchmark.harness import Ceilings, time_interleaved
 from megavideo.layout.grid import Grid
-from megavideo.ops import reference
+from megavideo.ops import attention_table, reference
+from megavideo.ops.attention_table import Case
 
 GRID = Grid(text=3, frames=3, side=6)
 PATTERNS = attention.patterns(GRID, window=4)
@@ -130,6 +133,42 @@ def test_the_command_writes_rows_a_page_and_a_plot(tmp_path: Path) -> None:
     assert page.count("\n| ") == len(timed)
     assert "- megavideo: needs a CUDA device" in page
     assert (tmp_path / "attention.png").stat().st_size > 1000
+    table = attention_table.read(tmp_path / "attention_table.json")
+    (row,) = table.rows
+    assert row.fits(Case("cpu", torch.float32, 64, False, "windows"), "cpu")
+    assert row.order == ["sdpa", "reference"]
+    assert table.source.startswith("measurement, cpu, driver ")
+
+
+def timed(contender: str, pattern: str, us: float | None, **more: object) -> dict[str, Any]:
+    labels = {"device": "Some GPU", "dtype": "bfloat16", "head_size": 64, "family": "windows"}
+    outcome = {"reason": "out of memory"} if us is None else {"us_median": us}
+    case = {"pattern": pattern, "batch": 4, "dropout": 0.0, "direction": "forward+backward"}
+    machine = {"driver": "1", "torch": "2", "commit": "", "date": "today"}
+    return {**labels, **case, **machine, "contender": contender, **outcome, **more}
+
+
+def test_the_order_is_that_of_times_of_both_directions_over_all_cases() -> None:
+    rows = [
+        timed("megavideo", "windows", 30.0),
+        timed("megavideo", "shifted windows", 10.0),
+        timed("flex raster", "windows", 20.0),
+        timed("flex raster", "shifted windows", 25.0),
+        timed("sdpa blocks", "windows", 1.0),
+        timed("sdpa blocks", "shifted windows", None),
+        timed("flex raster", "windows", 1.0, direction="forward"),
+        timed("megavideo atomic", "windows", 1.0),
+        timed("megavideo", "whole causal", 9.0, family="everything"),
+        timed("sdpa blocks", "whole causal", 8.0, family="everything"),
+        timed("megavideo", "whole causal", 9.0, family="everything", dropout=0.1),
+        timed("sdpa blocks", "whole causal", None, family="everything", dropout=0.1),
+    ]
+    table = measured_table(rows)
+    assert [(row.family, row.dropout, row.order) for row in table.rows] == [
+        ("windows", False, ["library", "flex", "reference"]),
+        ("everything", False, ["sdpa", "library", "reference"]),
+        ("everything", True, ["library", "reference"]),
+    ]
 
 
 def test_a_pattern_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
