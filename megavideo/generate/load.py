@@ -57,10 +57,20 @@ def folder_digest(folder: Path, manifest: str = MANIFEST) -> str:
 
 
 def load_stage(checkpoint: Path, config: Config, parallel: ParallelConfig, world: World) -> Stage:
-    """Load a checkpoint's model, in recipe.precision, onto this process's device."""
+    """Load a checkpoint's model, in recipe.precision, onto this process's device.
+
+    Raises: ValueError if the text tokenizer has other ids than the model.
+    """
     config = config.model_copy(update={"parallel": parallel})
-    model = load_model(config, checkpoint, world.device, world.mesh)
     text = TextTokenizer(config.data.text_tokenizer, config.model.image_codes)
+    ids = (text.pad, text.newline, text.begin_of_image)
+    known = (config.model.pad, config.model.newline, config.model.begin_of_image)
+    if ids != known:
+        raise ValueError(
+            f"{text.path} has padding, line break and the first id after text at {ids}, the model "
+            f"of {checkpoint} at {known}; name the tokenizer of its training by --text-tokenizer"
+        )
+    model = load_model(config, checkpoint, world.device, world.mesh)
     return Stage(model, config, text, world.mesh)
 
 

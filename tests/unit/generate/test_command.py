@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from megavideo.checkpoint.convert_command import main as convert
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
+from megavideo.data.text_tokenizer import train_text_model
 from megavideo.data.video import read_clip, write_video
 from megavideo.generate.load import open_checkpoint
 from megavideo.generate.requests import Request
@@ -216,6 +217,15 @@ def test_a_rate_that_was_not_trained_is_said(
         generate(runs, tmp_path, *options)
     assert "stage 2 was not trained at 16 frames a second" in caplog.text
     assert "stage 1" not in caplog.text
+
+
+def test_another_text_tokenizer_is_refused(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.model").write_bytes(train_text_model(PROMPTS, 310))
+    options = [*both_stages(runs), *prompt_options(PROMPTS[:1])]
+    with pytest.raises(
+        ValueError, match=r"other\.model has padding, .* at \(35, 36, 342\), the model"
+    ):
+        generate(runs, tmp_path, *options, "--text-tokenizer", str(tmp_path / "other.model"))
 
 
 def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None:
