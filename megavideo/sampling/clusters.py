@@ -51,12 +51,16 @@ def load_labels(path: Path, codes: int) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no labels, or those of another number of codes.
     """
-    with open(path, "rb") as file:
-        labels = np.load(file, allow_pickle=False)
-    if labels.dtype.kind not in "iu" or labels.shape != (codes,) or labels.min() < 0:
+    remedy = f"{codes} integers below {codes}: make them with `megavideo cluster-codes`"
+    try:
+        with open(path, "rb") as file:
+            labels = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:  # what numpy says names no file
+        raise ValueError(f"{path} is no .npy file ({error}); labels are {remedy}") from error
+    whole = labels.dtype.kind in "iu" and labels.shape == (codes,)
+    if not whole or not 0 <= labels.min() <= labels.max() < codes:
         raise ValueError(
-            f"{path} holds {labels.dtype} of shape {list(labels.shape)}; cluster labels of this "
-            f"model are {codes} integers from 0: make them with `megavideo cluster-codes`"
+            f"{path} holds {labels.dtype} of shape {list(labels.shape)}; labels are {remedy}"
         )
     return torch.from_numpy(labels.astype(np.int64))
 

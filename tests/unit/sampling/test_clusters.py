@@ -49,6 +49,14 @@ def test_labels_of_another_model_are_refused(tmp_path: Path) -> None:
     np.save(path, np.zeros(10))
     with pytest.raises(ValueError, match="float64"):
         load_labels(path, 10)
+    np.save(path, np.full(10, 1 << 40))  # as many clusters would be allocated
+    with pytest.raises(ValueError, match="10 integers below 10"):
+        load_labels(path, 10)
+    np.savez(tmp_path / "labels.npz", np.zeros(10))
+    (tmp_path / "empty.npy").touch()
+    for name in ("labels.npz", "empty.npy"):
+        with pytest.raises(ValueError, match=f"{name} is no .npy file"):
+            load_labels(tmp_path / name, 10)
 
 
 def test_the_program_groups_a_tokenizers_codes(tmp_path: Path) -> None:
