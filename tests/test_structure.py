@@ -20,6 +20,7 @@ ALLOWED = {
         "config",
         "layout",
         "ops",
+        "parallel",
         "model",
         "data",
         "checkpoint",

@@ -19,11 +19,22 @@ NotNegative = Annotated[float, Field(ge=0)]
 GemmPoint = tuple[Count, Count, Count, Positive]
 
 
-class Link(Section):
-    """How devices reach each other."""
+class Rate(Section):
+    """Of the messages between two devices that a ring is made of."""
 
     latency_us: NotNegative = Field(description="of one message between two devices")
     gb_per_s: Positive = Field(description="one direction of one device, as a large message gets")
+
+
+class Link(Rate):
+    """How devices reach each other: a message, also one of an all-reduce, and what differs."""
+
+    all_gather: Rate | None = Field(
+        None, description="a message of an all-gather; by default as one of an all-reduce"
+    )
+    reduce_scatter: Rate | None = Field(
+        None, description="a message of a reduce-scatter; by default as one of an all-reduce"
+    )
 
 
 class Overhead(Section):

@@ -6,7 +6,7 @@ by messages and bytes over the slowest link that a group crosses, with ring algo
 assumed to be hidden but most of what ZeRO 3 gathers (predict.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -19,7 +19,7 @@ from megavideo.model.build import stage_grid
 from megavideo.model.flops import Execution, block_work, cached_table
 from megavideo.model.recompute import SPANS, Sublayer, computed_again
 from megavideo.plan.activations import ELEMENT_BYTES
-from megavideo.plan.hardware import Hardware, Link
+from megavideo.plan.hardware import Hardware, Link, Rate
 from megavideo.plan.memory import layer_parameters
 from megavideo.plan.runs import stages_of
 
@@ -66,28 +66,34 @@ class Machine:
         self.hardware = hardware
         self.tp, self.dp, self.pp = tp, dp, pp
 
-    def group_link(self, size: int, stride: int) -> Link:
-        """What a ring over `size` ranks, `stride` apart, gets: its members on a node share the
-        node's ways out, so a ring with several members on each node has several.
-        """
-        hardware = self.hardware
-        if size * stride <= hardware.devices_per_node:
-            return hardware.node_link
-        members = max(1, hardware.devices_per_node // stride)
-        speed = min(hardware.node_link.gb_per_s, members * hardware.network.gb_per_s)
-        return hardware.network.model_copy(update={"gb_per_s": speed})
-
     def all_reduce(self, size: int, stride: int, payload: float) -> float:
-        """Seconds of a ring all-reduce of `payload` bytes."""
-        return 2 * self.gather(size, stride, payload)
+        """Seconds of a ring all-reduce of `payload` bytes, which goes round twice."""
+        return 2 * self._ring(lambda link: link, size, stride, payload)
 
-    def gather(self, size: int, stride: int, payload: float) -> float:
-        """Seconds of an all-gather to, or reduce-scatter of, `payload` bytes on each rank."""
+    def all_gather(self, size: int, stride: int, payload: float) -> float:
+        """Seconds until each rank has all `payload` bytes, of which it had an equal share."""
+        return self._ring(lambda link: link.all_gather or link, size, stride, payload)
+
+    def reduce_scatter(self, size: int, stride: int, payload: float) -> float:
+        """Seconds until each rank has its share of the sums of `payload` bytes."""
+        return self._ring(lambda link: link.reduce_scatter or link, size, stride, payload)
+
+    def _ring(
+        self, rate_of: Callable[[Link], Rate], size: int, stride: int, payload: float
+    ) -> float:
+        """Once round `size` ranks, `stride` apart. Members on a node share the node's ways out, so
+        that a ring with several members on each node has several.
+        """
         if size == 1:
             return 0.0
-        link = self.group_link(size, stride)
+        hardware = self.hardware
+        rate = rate_of(hardware.node_link)
+        speed = rate.gb_per_s
+        if size * stride > hardware.devices_per_node:
+            rate = rate_of(hardware.network)
+            speed = min(speed, max(1, hardware.devices_per_node // stride) * rate.gb_per_s)
         steps = size - 1
-        return steps * link.latency_us * 1e-6 + payload * steps / size / (link.gb_per_s * 1e9)
+        return steps * rate.latency_us * 1e-6 + payload * steps / size / (speed * 1e9)
 
     def send(self, payload: float) -> float:
         """Seconds from a pipeline stage to the next."""
@@ -159,7 +165,7 @@ class LayerTimes:
         """Looking up words and positions, and summing over ranks what each has of the words."""
         states = self.samples * self.grid.sequence * self.config.model.hidden * self.element
         forward = 4 * states / self.hardware.bytes_per_s("copy")
-        return Seconds(forward, forward / 2, 0.0, self._region(self.grid.sequence))
+        return Seconds(forward, forward / 2, 0.0, self._way_out(self.grid.sequence))
 
     def _head(self) -> Seconds:
         """Logits of image codes at loss-carrying slots, and their cross-entropy in float32."""
@@ -229,9 +235,20 @@ class LayerTimes:
         return max(seconds, program) if self.hardware.kind == "gpu" else seconds + program
 
     def _region(self, slots: int) -> float:
-        """One sum over ranks: an all-reduce, or an all-gather and a reduce-scatter."""
-        states = self.samples * slots * self.config.model.hidden * self.element
-        return self.machine.all_reduce(self.parallel.tp, 1, states)
+        """Into a region and out of it, in one direction: one collective, or two."""
+        if not self.parallel.sequence_parallel:
+            return self._way_out(slots)
+        gathered = self.machine.all_gather(self.parallel.tp, 1, self._states(slots))
+        return gathered + self._way_out(slots)
+
+    def _way_out(self, slots: int) -> float:
+        """Sums over ranks: whole on each, or each rank's slots of them."""
+        if self.parallel.sequence_parallel:
+            return self.machine.reduce_scatter(self.parallel.tp, 1, self._states(slots))
+        return self.machine.all_reduce(self.parallel.tp, 1, self._states(slots))
+
+    def _states(self, slots: int) -> int:
+        return self.samples * slots * self.config.model.hidden * self.element
 
 
 # What each half has of a block's program, as counted on a CPU at sizes that compute nothing.
@@ -279,10 +296,10 @@ def reduction(config: Config, machine: Machine, trained: int, held: int, steps: 
     if parallel.zero < 2:
         gradients = machine.all_reduce(dp, stride, trained * accumulated)
     else:
-        gradients = steps * machine.gather(dp, stride, trained * element)
-    weights = machine.gather(dp, stride, trained * element) if parallel.zero else 0.0
+        gradients = steps * machine.reduce_scatter(dp, stride, trained * element)
+    weights = machine.all_gather(dp, stride, trained * element) if parallel.zero else 0.0
     if parallel.zero == 3:
-        weights = 2 * steps * machine.gather(dp, stride, held * element)
+        weights = 2 * steps * machine.all_gather(dp, stride, held * element)
     return Reduction(gradients, weights, optimizer)
 
 

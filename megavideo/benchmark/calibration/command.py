@@ -27,7 +27,7 @@ from megavideo.engine.world import join_world
 from megavideo.files import atomic_write
 from megavideo.log import log
 from megavideo.model.execution import DTYPES
-from megavideo.plan.hardware import Hardware, load_hardware
+from megavideo.plan.hardware import Hardware, Link, load_hardware
 
 Figures = dict[str, Any]
 DEADLINE_S = 900.0
@@ -49,7 +49,7 @@ DEADLINE_S = 900.0
 @click.option("--rounds", default=20, show_default=True, help="Timings of which the median counts.")
 def main(output: Path, processes: int | None, precisions: tuple[str, ...], rounds: int) -> None:
     """Measure this machine: matrix products by shape, attention, pointwise operations, the
-    program's own time, all-reduces between processes, and the disk.
+    program's own time, collectives between processes, and the disk.
 
     All processes measure at the same time, as they train. The network between nodes cannot be
     measured from one: it is written as fast as the link inside the node, to be edited.
@@ -92,7 +92,7 @@ def _measure(rank: int, folder: Path, disk: str, precisions: tuple[str, ...], ro
         "attention": attention,
         "pointwise": pointwise_rates(sizes, dtype, device, rounds),
         "overhead": measure_overhead(world, folder / "run", rounds),
-        "link": measure_link(device, rounds),
+        "link": measure_link(world.mesh.dp, device, rounds),
     }
     dist.barrier()
     if rank == 0:
@@ -164,6 +164,19 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
+def _link(link: Link) -> str:
+    rates = {
+        "all-reduce": link,
+        "all-gather": link.all_gather,
+        "reduce-scatter": link.reduce_scatter,
+    }
+    return "; ".join(
+        f"{name} {rate.latency_us:.0f} us, {rate.gb_per_s:.2f} GB/s"
+        for name, rate in rates.items()
+        if rate is not None
+    )
+
+
 def _summary(profile: Hardware) -> str:
     pointwise = ", ".join(f"{k} {v:.1f}" for k, v in profile.pointwise_gb_per_s.items())
     overhead = profile.overhead
@@ -179,8 +192,7 @@ def _summary(profile: Hardware) -> str:
         f"program            block {overhead.layer_forward_ms:.2f} + "
         f"{overhead.layer_backward_ms:.2f} ms, micro-batch {overhead.micro_batch_ms:.2f} ms, "
         f"step {overhead.step_ms:.2f} ms",
-        f"between processes  {profile.node_link.latency_us:.0f} us, "
-        f"{profile.node_link.gb_per_s:.2f} GB/s",
+        f"between processes  {_link(profile.node_link)}",
         f"disk               {profile.disk_gb_per_s:.2f} GB/s",
     ]
     return "\n".join(lines)

@@ -4,31 +4,62 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megavideo.parallel.collectives import gather_slots, scatter_sum, sum_over_ranks
+from megavideo.parallel.mesh import Axis
 
 SMALL_BYTES = 4 << 10
-LARGE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+LARGE_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}  # on a CPU, what the demo's layers exchange
 DISK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+WIDTH = 128  # of a slot
 
 
-def measure_link(device: torch.device, rounds: int) -> dict[str, float]:
-    """Latency of a message and GB/s of a device, from all-reduces over the whole world.
+def measure_link(axis: Axis, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Latency of a message and GB/s of a device over `axis`: of an all-reduce, and of the two that
+    sequence parallelism calls instead.
 
-    A ring of n sends 2 (n - 1) messages one after the other, and 2 (n - 1) / n of the payload. The
-    fastest of several counts: anything else that runs there can only slow it down.
+    Measured as layers call them: what it takes to put streams into one buffer is included.
     """
-    messages = 2 * (dist.get_world_size() - 1)
-    small = _all_reduce_seconds(SMALL_BYTES, device, rounds)
-    payload = LARGE_BYTES[device.type]
-    large = _all_reduce_seconds(payload, device, max(3, rounds // 4))
-    moved = payload * messages / dist.get_world_size()
-    return {
-        "latency_us": small / messages * 1e6,
-        "gb_per_s": moved / max(large - small, 1e-9) / 1e9,
+    calls: dict[str, Callable[[Tensor], object]] = {
+        "all_reduce": lambda whole: sum_over_ranks([whole], axis),
+        "all_gather": lambda whole: gather_slots([whole.chunk(axis.size, 1)[0]], (), axis),
+        "reduce_scatter": lambda whole: scatter_sum([whole], axis),
     }
+    rates = {}
+    for name, call in calls.items():
+        rounds_of_ring = 2 if name == "all_reduce" else 1
+        rates[name] = _rate(call, rounds_of_ring * (axis.size - 1), axis.size, device, rounds)
+    return rates.pop("all_reduce") | rates
+
+
+def _rate(
+    call: Callable[[Tensor], object], messages: int, size: int, device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Of `messages` one after the other, each a `size`-th of the payload.
+
+    The fastest of several calls counts: anything else that runs there can only slow them down.
+    """
+    small, large = (_stream(n, size, device) for n in (SMALL_BYTES, LARGE_BYTES[device.type]))
+    latency = min(_timed(partial(call, small), device) for _ in range(rounds + 2))
+    taken = min(_timed(partial(call, large), device) for _ in range(max(3, rounds // 2)))
+    moved = large.nbytes * messages / size
+    return {
+        "latency_us": latency / messages * 1e6,
+        "gb_per_s": moved / max(taken - latency, 1e-9) / 1e9,
+    }
+
+
+def _stream(payload: int, size: int, device: torch.device) -> Tensor:
+    """[2, slots, WIDTH] of about `payload` bytes, whose slots can be cut over `size` ranks."""
+    slots = max(1, payload // (2 * WIDTH * 4 * size)) * size
+    return torch.zeros(2, slots, WIDTH, device=device)
 
 
 def measure_disk(folder: Path, device: torch.device) -> float:
@@ -41,11 +72,6 @@ def measure_disk(folder: Path, device: torch.device) -> float:
         file.flush()
         os.fsync(file.fileno())
         return count * len(block) / (time.perf_counter() - started) / 1e9
-
-
-def _all_reduce_seconds(payload: int, device: torch.device, rounds: int) -> float:
-    tensor = torch.zeros(payload // 4, device=device)
-    return min(_timed(lambda: dist.all_reduce(tensor), device) for _ in range(rounds + 2))
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

@@ -3,6 +3,8 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from megavideo.benchmark.calibration.compute import (
 from megavideo.benchmark.calibration.program import _passes
 from megavideo.config.load import load_config
 from megavideo.layout.grid import Grid
+from megavideo.parallel import collectives
+from megavideo.parallel.mesh import Axis
 from megavideo.plan.command import UNUSED
-from megavideo.plan.hardware import load_hardware
+from megavideo.plan.hardware import Link, load_hardware
 from megavideo.plan.predict import predict
 
 CPU = torch.device("cpu")
@@ -44,9 +48,26 @@ def figures() -> command.Figures:
             "micro_batch_ms": 0.0,
             "step_ms": 1.0,
         },
-        "link": {"latency_us": 10.0, "gb_per_s": 1.0},
+        "link": link_of_two(),
         "disk": 1.0,
     }
+
+
+def link_of_two() -> dict[str, Any]:
+    """With collectives that do nothing in the place of another rank's answer."""
+    with mock.patch.object(collectives, "dist"), mock.patch.object(links, "dist"):
+        return links.measure_link(Axis(0, 2, (0, 1)), CPU, 2)
+
+
+def test_links_are_measured_by_the_collectives_that_layers_call() -> None:
+    with mock.patch.object(collectives, "dist") as dist, mock.patch.object(links, "dist"):
+        found = links.measure_link(Axis(0, 2, (0, 1)), CPU, 2)
+    assert dist.all_reduce.called and dist.reduce_scatter_tensor.called
+    whole, part = dist.all_gather_into_tensor.call_args.args
+    assert whole.nbytes == 2 * part.nbytes == links.LARGE_BYTES["cpu"]
+    link = Link.model_validate(found)
+    for rate in (link, link.all_gather, link.reduce_scatter):
+        assert rate is not None and rate.latency_us > 0
 
 
 def measured_here(

@@ -3,7 +3,7 @@
 import pytest
 
 from megavideo.model.flops import block_work
-from megavideo.plan.hardware import Hardware, load_hardware
+from megavideo.plan.hardware import Hardware, Rate, load_hardware
 from megavideo.plan.predict import Prediction, predict
 from megavideo.plan.time import LayerTimes, Machine
 from tests.unit.model.test_model import config
@@ -81,3 +81,20 @@ def test_what_training_refuses_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         predicted(world, *settings)
+
+
+def test_sequence_parallelism_costs_what_its_two_collectives_take() -> None:
+    """Where only all-reduces are known, as much as one of them."""
+    settings = ("recipe.batch=4", "parallel.tp=2", "parallel.recompute=layer")
+    plain = predicted(2, *settings).parts["tensor parallel"]
+    slots = (*settings, "parallel.sequence_parallel=true")
+    assumed = predicted(2, *slots).parts["tensor parallel"]
+    assert 0.99 * plain < assumed < plain  # words are left cut
+    link = H100.node_link
+    slow = Rate(latency_us=link.latency_us, gb_per_s=link.gb_per_s / 3)
+    for name, times in {"all_gather": 2, "reduce_scatter": 2, "both": 3}.items():
+        rates = {n: slow for n in ("all_gather", "reduce_scatter") if name in (n, "both")}
+        hardware = H100.model_copy(update={"node_link": link.model_copy(update=rates)})
+        found = predicted(2, *slots, hardware=hardware).parts["tensor parallel"]
+        assert found == pytest.approx(times * assumed, rel=0.06), name  # latencies stay
+        assert predicted(2, *settings, hardware=hardware).parts["tensor parallel"] == plain
