@@ -189,6 +189,20 @@ class BatchStream:
         )
 
 
+def check_alike(training: BatchStream, validation: BatchStream) -> None:
+    """ValueError if the tokens of the two were made by different image tokenizers.
+
+    Everything else about them is compared with the model when they are opened.
+    """
+    indices = [stream.samples.index for stream in (training, validation)]
+    of_training, of_validation = (index.making.image_tokenizer for index in indices)
+    if of_training != of_validation:
+        raise ValueError(
+            f"{indices[1].folder} was made by image tokenizer {of_validation}, {indices[0].folder} "
+            f"by {of_training}: their tokens do not mean the same; tokenise one of them again"
+        )
+
+
 Captions = Callable[[list[Visit]], list[np.ndarray]]
 
 

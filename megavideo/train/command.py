@@ -4,6 +4,7 @@ import math
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,7 +15,7 @@ from megavideo.config.command import config_arguments
 from megavideo.config.deepspeed import accumulation_steps, check_schedule, check_world
 from megavideo.config.load import dump_config, load_config
 from megavideo.config.schema import Config
-from megavideo.data.batch import BatchStream, open_stream
+from megavideo.data.batch import BatchStream, check_alike, open_stream
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed, rank_lost
 from megavideo.engine.snapshot import Saver
@@ -169,6 +170,7 @@ def _open_run(config: Config, world: World) -> Run:
     validation = None
     if config.run.evaluate_every and config.data.validation is not None:
         validation = _open_stream(config, world, config.data.validation)
+        world.first_on_rank_zero(partial(check_alike, training, validation))
     engine = build_engine(config, world, training.fingerprint)
     world.from_rank_zero(lambda: _keep_config(config))  # now that nothing refused it
     step = engine.progress.step

@@ -3,12 +3,13 @@
 import itertools
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megavideo.data.batch import Batch, BatchStream, open_stream
+from megavideo.data.batch import Batch, BatchStream, check_alike, open_stream
 from megavideo.data.index import build_index
 from megavideo.data.prompt import build_text
 from megavideo.data.shards import write_shard
@@ -55,6 +56,22 @@ def joined(batches: list[Batch]) -> list[torch.Tensor]:
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
     return all(x.equal(y) for x, y in zip(joined(a), joined(b), strict=True))
+
+
+def test_validation_by_another_image_tokenizer_is_refused(
+    folder: Path, tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    write_set(tmp_path / "alike", 1, 2, tokenizer)
+    other = replace(making_of(tokenizer), image_tokenizer="another")
+    clips = [("a", make_clip(0, tokenizer=tokenizer))]
+    write_shard(tmp_path / "other" / "shard-000000.tar", clips, other)
+    build_index(tmp_path / "other", 1, lambda: None)
+    training = open_small(folder, tokenizer)
+    check_alike(training, open_small(tmp_path / "alike", tokenizer))
+    with pytest.raises(
+        ValueError, match=r"other was made by image tokenizer another, .* by image:"
+    ):
+        check_alike(training, open_small(tmp_path / "other", tokenizer))
 
 
 def test_a_batch_has_the_shapes_and_types_of_its_contract(
