@@ -78,8 +78,9 @@ def train(run: Run) -> None:
         if run.save_tried != run.step:
             _save(run)
         _note_saved(run, run.saver.finish())
-        if run.failed_saves:
-            raise _unsaved(run)
+        while run.failed_saves:  # up to FAILED_SAVES: no later step will try again
+            _save(run)
+            _note_saved(run, run.saver.finish())
 
 
 def _train_steps(

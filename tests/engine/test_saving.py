@@ -1,6 +1,7 @@
 """Saving beside training: what was copied is what is saved; a failure is told and tried again."""
 
 import errno
+import math
 import threading
 import time
 from pathlib import Path
@@ -48,15 +49,16 @@ class SlowDisk:
 
 
 class FullDisk:
-    """Has no room as long as `full`."""
+    """Has no room for the next `full` files."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.full = True
+        self.full = math.inf
         self.write = snapshot.write_part_file
         monkeypatch.setattr(snapshot, "write_part_file", self)
 
     def __call__(self, path: Path, tensors: dict[str, Tensor]) -> str:
         if self.full:
+            self.full -= 1
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return self.write(path, tensors)
 
@@ -112,7 +114,7 @@ def test_a_full_disk_leaves_the_previous_and_the_next_save_works(
     ]
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(engine, config(tmp_path), FINGERPRINT)
-    disk.full = False
+    disk.full = 0
     saver.save()
     assert saver.finish().problem is None  # type: ignore[union-attr]
     assert build_engine(config(tmp_path), world, FINGERPRINT).progress.step == 2
@@ -170,7 +172,7 @@ def test_a_run_says_what_a_save_cost_and_stops_when_none_works(
     with pytest.raises(RunFailed, match="newest checkpoint is step 2"):
         run(**{"recipe.steps": 100})
     rows = [row for row in read_rows(folder) if "loss" in row]
-    disk.full = False
-    run(**{"recipe.steps": 3})
+    disk.full = 2
+    run(**{"recipe.steps": 3})  # the last save is tried again: no later step would
     assert [path.name[-1] for path in list_checkpoints(folder)] == ["3", "2"]
     assert torch.isfinite(torch.tensor([row["loss"] for row in rows])).all()
