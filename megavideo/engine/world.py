@@ -116,7 +116,7 @@ def join_world(timeout_minutes: float, parallel: ParallelConfig | None = None) -
         parallel: the layout; without it every process is a data-parallel rank.
 
     Raises:
-        ValueError: if the layout needs another number of processes.
+        ValueError: if the layout needs another number of processes, or there are too few GPUs.
     """
     device = _device()
     if not dist.is_initialized():
@@ -148,6 +148,12 @@ def _limit_waits(timeout: timedelta) -> None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"this machine's process {local} has no GPU of its own, it sees {count}; start "
+            f"--nproc-per-node {count}, or let each process see all GPUs (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
