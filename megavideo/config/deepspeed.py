@@ -87,10 +87,13 @@ def check_precision(recipe: RecipeConfig, parallel: ParallelConfig, fp16_works: 
             "use recipe.precision=fp32 or bf16"
         )
     if recipe.precision != "fp32" and parallel.zero == 0:
+        harm = {
+            "bf16": "add up bf16 gradients in bf16 itself, which loses small ones",
+            "fp16": "train fp16 wrongly under tensor parallelism (DeepSpeed 0.19.8)",
+        }
         raise ValueError(
-            f"parallel.zero=0 would add up {recipe.precision} gradients in {recipe.precision} "
-            "itself, which loses small ones; use parallel.zero=1 (it costs nothing, also on one "
-            "process) or recipe.precision=fp32"
+            f"parallel.zero=0 would {harm[recipe.precision]}; use parallel.zero=1 (it costs "
+            "nothing, also on one process) or recipe.precision=fp32"
         )
     if recipe.precision != "fp32" and parallel.offload_optimizer and parallel.zero < 3:
         raise ValueError(
