@@ -18,6 +18,7 @@ from threading import Condition, Lock
 
 import torch
 import xxhash
+from torch import Tensor
 
 from megavideo.checkpoint.files import RunningEntry, TensorEntry
 from megavideo.checkpoint.formats.detect import open_checkpoint
@@ -197,7 +198,7 @@ class _Work:
     def _stream(self, files: OpenGroup, name: str) -> TensorEntry:
         reader, spec = self._conversion.reader, self._conversion.tensors[name]
         running = RunningEntry()
-        blocks = (block.to(spec.dtype) for block in reader.blocks(name))
+        blocks = (_cast(block, spec.dtype, name) for block in reader.blocks(name))
         files.write(name, spec, running.over(blocks))
         return running.entry()
 
@@ -232,6 +233,15 @@ class _GroupWork:
         with self._lock:
             self.entries[name] = entry
             return len(self.entries) == len(self.names)
+
+
+def _cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Raises: ValueError if a number is too large for `dtype`, in which it would be infinite."""
+    cast = block.to(dtype)
+    narrows = dtype == torch.float16 and block.dtype != dtype
+    if narrows and not cast.isfinite().equal(block.isfinite()):
+        raise ValueError(f"{name} has numbers that fp16 cannot hold; use --dtype bf16 or keep")
+    return cast
 
 
 def _wait_for(pending: set[Future[None]], at_most: int) -> set[Future[None]]:

@@ -220,6 +220,16 @@ def test_another_type_is_a_cast_of_weights_alone(tmp_path: Path) -> None:
     assert_holds(tmp_path / "a", bare)
 
 
+def test_a_number_that_a_type_cannot_hold_is_refused_not_made_infinite(tmp_path: Path) -> None:
+    held = weights("image")
+    held["head.norm.weight"] = torch.full_like(held["head.norm.weight"], 1e5, dtype=torch.float32)
+    source = hold(tmp_path / "source", held)
+    with pytest.raises(ValueError, match=r"head\.norm\.weight has numbers that fp16 cannot hold"):
+        command(source, tmp_path / "half", "--to", "huggingface", "--dtype", "fp16")
+    command(source, tmp_path / "brain", "--to", "huggingface", "--dtype", "bf16")
+    assert open_checkpoint(tmp_path / "brain").read("head.norm.weight").isfinite().all()
+
+
 def test_converted_weights_are_a_base_to_train_on(tmp_path: Path) -> None:
     tensors = weights()
     base = {n: t for n, t in tensors.items() if "temporal" not in n and "mixture" not in n}
