@@ -136,7 +136,7 @@ def _materialise(model: nn.Module, device: torch.device, precision: torch.dtype)
     """Give meta tensors memory. `to_empty` would do, but it separates tied parameters.
 
     All is in `precision` at once: float32 first, which DeepSpeed would cast, needs twice the memory
-    (38 GB a GPU of the published model), and it casts no buffers (copies of frozen rows).
+    (31 GB a GPU of the published model), and it casts no buffers (copies of frozen rows).
     """
     real: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
