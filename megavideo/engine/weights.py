@@ -61,10 +61,11 @@ def start_weights(model: nn.Module, config: Config, start: Start | None = None) 
     """
     recipe, here = config.recipe, places(model)
     start = start or find_start(recipe)
-    initialise(here, config.model, recipe.seed)
+    frozen = _shapes(config, trained=False)
+    initialise(here, config.model, recipe.seed, loaded=() if recipe.base is None else frozen)
     if recipe.base is not None:
         base = base_weights(Path(recipe.base), start.base)
-        load_tensors(here, base, _shapes(config, trained=False), f"recipe.base={recipe.base}")
+        load_tensors(here, base, frozen, f"recipe.base={recipe.base}")
         inherit(canonical_parameters(model), config.model)
     if start.channel is not None:
         channel = channel_weights(start.channel)

@@ -4,7 +4,7 @@ A new temporal channel inherits the base's QKV and positions; its output project
 copied and not zero; the mixture starts at one half. (docs/model.md 7.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,13 +17,20 @@ from megavideo.model.places import Place
 STD = 0.02
 
 
-def initialise(places: Sequence[Place], model: ModelConfig, seed: int) -> None:
+def initialise(
+    places: Sequence[Place], model: ModelConfig, seed: int, loaded: Container[str] = ()
+) -> None:
     """Fill every place, then let the temporal channel inherit from the base.
 
     A parameter is drawn whole and cut afterwards, so that a cut changes no value.
+
+    Args:
+        loaded: names of what will be loaded: nothing is drawn for them (two minutes a rank at the
+            published size), and `inherit` is to be called afterwards.
     """
     for place in places:
-        place.fill(_drawn(place, model, seed))
+        if place.name not in loaded and inherited_from(place.name) is None:
+            place.fill(_drawn(place, model, seed))
     inherit({place.name: place.memory for place in places}, model)
 
 
