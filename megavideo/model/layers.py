@@ -7,7 +7,6 @@ stream needs a gradient, and autograd finds that by itself: no weight it meets i
 from collections.abc import Callable
 from functools import lru_cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,7 +52,7 @@ class Dropout(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with weight and bias; NVIDIA apex's fused one where a GPU and apex are there."""
+    """LayerNorm with weight and bias; NVIDIA apex's fused one on a GPU where apex is there."""
 
     def __init__(self, hidden: int, eps: float, region: Region = ALONE):
         super().__init__()
@@ -64,13 +63,12 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.region.applied(self.weight, self.bias)
-        return _layer_norm()(x, weight, bias, self.eps)
+        layer_norm = _gpu_layer_norm() if x.is_cuda else _torch_layer_norm
+        return layer_norm(x, weight, bias, self.eps)
 
 
 @lru_cache(maxsize=1)
-def _layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    if not torch.cuda.is_available():
-        return _torch_layer_norm
+def _gpu_layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     try:
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine
     except ImportError:  # PyPI's package of that name has no such module either

@@ -1,6 +1,8 @@
 """The model: its counts, what is frozen, what it keeps for the backward pass, how it starts."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config, RecipeConfig
+from megavideo.model import layers
 from megavideo.model.build import build_model, canonical_parameters
 from megavideo.model.flops import sample_work, training_flops
 from megavideo.model.head import frame_losses
@@ -189,3 +192,18 @@ def test_a_full_size_layer_keeps_only_what_its_gradients_need() -> None:
     mark_trainable(canonical_parameters(model), recipe.stage)
     kept = saved_bytes(model[1], streams) / (image.numel() * image.element_size())
     assert expected <= kept <= 1.02 * expected
+
+
+def test_a_model_on_the_cpu_of_a_machine_with_gpu_and_apex_uses_torchs_layer_norm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def only_on_gpus(*inputs: object) -> None:
+        raise RuntimeError("input must be a CUDA tensor")
+
+    fused = ModuleType("apex.normalization.fused_layer_norm")
+    fused.fused_layer_norm_affine = only_on_gpus  # type: ignore[attr-defined]
+    for name in ("apex", "apex.normalization", fused.__name__):
+        monkeypatch.setitem(sys.modules, name, fused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    normed = layers.LayerNorm(8, 1e-5)(torch.randn(2, 8))
+    assert normed.shape == (2, 8)
