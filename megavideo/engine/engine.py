@@ -46,8 +46,9 @@ class StepResult:
 
     @property
     def diverging(self) -> bool:
-        """Skipped for another reason than fp16's search for its loss scale."""
-        return not math.isfinite(self.loss) or (self.skipped and self.loss_scale is None)
+        """Skipped for another reason than fp16's search for its loss scale, which ends at 1."""
+        searching = self.loss_scale is not None and self.loss_scale > 1
+        return not math.isfinite(self.loss) or (self.skipped and not searching)
 
 
 class Engine:
@@ -78,6 +79,8 @@ class Engine:
         self.state = state
         self.frozen = frozen
         self.progress = progress
+        if self.loss_scaler:  # steps that are skipped at the lowest scale are counted, as others
+            self.loss_scaler.raise_error_at_min_scale = False
 
     @property
     def loss_scaler(self) -> Any:

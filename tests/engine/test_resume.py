@@ -1,5 +1,6 @@
 """A resumed engine is the one that was saved, bit for bit, in this layout and in others."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def assert_resumes(world: World, settings: Config) -> None:
     again = resumed.train_batch(micro_batches(16, replica.rank, replica.size))
     assert again.loss == engine.train_batch(batches).loss
     assert_same_state(resumed, engine)
+
+
+@pytest.mark.usefixtures("fp16_allowed")
+def test_fp16_without_a_loss_scale_to_fall_to_is_diverging(world: World, tmp_path: Path) -> None:
+    engine = build_engine(config(tmp_path, {"precision": "fp16"}), world, FINGERPRINT)
+    objective: Any = engine._home.objective
+    losses = objective.losses
+    objective.losses = lambda *inputs: losses(*inputs) * 1e30  # finite, but no fp16 gradient is
+    engine.loss_scaler.cur_scale, engine.loss_scaler.cur_hysteresis = 2.0, 1
+    results = [engine.train_batch(micro_batches(0)) for _ in range(2)]
+    assert [result.loss_scale for result in results] == [1.0, 1.0]
+    assert all(result.skipped and math.isfinite(result.loss) for result in results)
+    assert [result.diverging for result in results] == [True, True]
 
 
 def test_another_layout_goes_on_with_the_same_state(world: World, tmp_path: Path) -> None:
