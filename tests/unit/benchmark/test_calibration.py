@@ -116,5 +116,7 @@ def test_two_processes_calibrate_this_machine(tmp_path: Path) -> None:
     )
     hardware = load_hardware(str(output))
     assert hardware.devices_per_node == 2
-    assert hardware.node_link.latency_us > 0 and hardware.overhead.step_ms > 0
+    link = hardware.node_link
+    assert link.all_gather is not None and link.reduce_scatter is not None
+    assert link.latency_us > 0 and hardware.overhead.step_ms > 0
     assert dist.is_initialized() == joined_before
