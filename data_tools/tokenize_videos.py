@@ -161,7 +161,8 @@ def main(
     making = load_tokenizers(settings).making
     plans = make_plan(table, videos, output, clips_per_shard, holdout, settings, making)
     check_no_strangers(plans)
-    _warn_unnamed(videos, {item.video for plan in plans for item in plan.items})
+    if part.number == 1:
+        _warn_unnamed(videos, {item.video for plan in plans for item in plan.items})
     plans = part.choose(plans)
     if dry_run:
         _print_plan(plans, making)
@@ -233,7 +234,7 @@ def _make_shards(
 ) -> tuple[list[Sidecar], list[dict[str, str]]]:
     """Make what is not finished; all sidecars and all failures, those of earlier runs too."""
     done: dict[Path, Sidecar] = {}
-    with progress("checking finished shards", total=len(plans)) as advance:
+    with progress("looking at videos and finished shards", total=len(plans)) as advance:
         for plan in plans:
             if sidecar := finished(plan):
                 done[plan.path] = sidecar

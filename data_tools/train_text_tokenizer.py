@@ -17,7 +17,7 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix != ".txt":
         return [caption.text for caption in read_captions(path)]
     try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {error}; save it as UTF-8") from error
 

@@ -8,7 +8,7 @@ cut off goes on to the same bytes.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -72,11 +72,31 @@ class Failure:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard to be made of `items`; `source` changes with anything that could change its bytes."""
+    """A shard to be made of `items`, as `settings` and `making` say."""
 
     path: Path
     items: tuple[Item, ...]
-    source: str
+    settings: Settings
+    making: Making
+
+    @cached_property
+    def source(self) -> str:
+        """Digest of all that could change the shard's bytes; a video counts by size and time of
+        change, so this looks at every one of them.
+        """
+        settings = self.settings
+        device = torch.device(settings.device).type  # cuda:0 and cuda:1 are alike
+        parts = [self.making, settings.size, settings.max_seconds, device, settings.batch]
+        stamps = [(item.key, item.caption, _stamp(item.video)) for item in self.items]
+        return xxhash.xxh3_128_hexdigest(repr((parts, stamps)).encode())
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:  # what is wrong with it is said when it is read
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 class Tokenizers:
@@ -156,7 +176,7 @@ def make_plan(
             "(by their captions); choose another share so that neither part is empty"
         )
     return [
-        ShardPlan(path, items, _source(items, settings, making))
+        ShardPlan(path, items, settings, making)
         for part, all_items in parts.items()
         for path, items in _cut(output / part, all_items, clips_per_shard)
     ]
@@ -183,21 +203,6 @@ def _key(number: int, video: str) -> str:
     return f"{number:08d}-{name}"
 
 
-def _source(items: Sequence[Item], settings: Settings, making: Making) -> str:
-    """Digest of all that a shard is made from; a video counts by size and time of change."""
-    device = torch.device(settings.device).type  # cuda:0 and cuda:1 are alike
-    parts = [making, settings.size, settings.max_seconds, device, settings.batch]
-    stamps = [(item.key, item.caption, _stamp(item.video)) for item in items]
-    return xxhash.xxh3_128_hexdigest(repr((parts, stamps)).encode())
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    if not path.exists():
-        return None
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 # --- resume ------------------------------------------------------------------
 
 
@@ -206,10 +211,11 @@ def finished(plan: ShardPlan) -> Sidecar | None:
 
     Raises: ValueError if the shard was made from something else: it is not ours to replace.
     """
+    source = plan.source  # of the videos as they are before any is read
     if not sidecar_path(plan.path).exists():
         return None
     sidecar = read_sidecar(plan.path)
-    if sidecar.source != plan.source:
+    if sidecar.source != source:
         raise ValueError(
             f"{plan.path} was made from other videos, captions or settings; choose another output "
             f"folder, or delete {plan.path.parent} to make it again"
