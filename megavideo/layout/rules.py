@@ -5,7 +5,7 @@ the same for every rule: an image query sees all real text slots, a text query s
 no image (`text_visible`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from megavideo.layout.grid import Grid
@@ -110,5 +110,4 @@ def encode_rule(rule: Rule) -> str:
 def decode_rule(text: str) -> Rule:
     """Inverse of `encode_rule`."""
     values = {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
-    flags = {name: bool(values[name]) for name in ("own_frame", "two_way")}
-    return Rule(**{**values, **flags})  # type: ignore[arg-type]
+    return Rule(**{field.name: field.type(values[field.name]) for field in fields(Rule)})  # type: ignore[operator]

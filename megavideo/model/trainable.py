@@ -5,7 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-# Stage -> globs over canonical parameter names; what matches none is frozen.
+# Stage -> globs over canonical parameter names; what matches none is frozen. A glob may match what
+# only some models have; a test looks for those that match nothing in any.
 TRAINABLE = {
     "image": ("*",),
     "keyframes": ("embedding.frame_position", "*.attention.temporal.*", "*.attention.mixture"),
@@ -19,9 +20,7 @@ def is_trainable(name: str, stage: str) -> bool:
 
 
 def mark_trainable(parameters: Mapping[str, nn.Parameter], stage: str) -> None:
-    """Set `requires_grad` of every parameter. A glob that matches nothing is our mistake."""
-    for glob in TRAINABLE[stage]:
-        assert any(fnmatchcase(name, glob) for name in parameters), f"{glob} matches nothing"
+    """Set `requires_grad` of every parameter."""
     for name, parameter in parameters.items():
         parameter.requires_grad_(is_trainable(name, stage))
 

@@ -1,5 +1,7 @@
 """The table says of every parameter where it lies, how it is cut and whether it is trained."""
 
+import fnmatch
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from megavideo.config.schema import RecipeConfig
 from megavideo.engine.weights import new_model
 from megavideo.model.build import canonical_parameters
 from megavideo.model.table import expected_shapes, parameter_table, shard_named
+from megavideo.model.trainable import TRAINABLE
 from megavideo.parallel.part import part_of
 from megavideo.parallel.shard import REPLICATED, Shard, part_shape
 from tests.engine.support import MODEL, config
@@ -37,6 +40,14 @@ def test_the_table_cuts_what_tensor_parallelism_cuts_and_nothing_else() -> None:
         )
         assert shard_named(row.name) == row.shard
         part_shape(row.shape, row.shard, rank=1, size=2)
+
+
+@pytest.mark.parametrize("stage", TRAINABLE)
+def test_every_glob_of_what_is_trained_matches_a_parameter(stage: str) -> None:
+    recipe = RecipeConfig(stage=stage, steps=1, window=0 if stage == "image" else 2)
+    names = [row.name for row in parameter_table(MODEL, recipe)]
+    for glob in TRAINABLE[stage]:
+        assert fnmatch.filter(names, glob), f"{glob} matches nothing"
 
 
 def test_a_model_with_memory_knows_its_cuts_too(tmp_path) -> None:  # type: ignore[no-untyped-def]
