@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from click.testing import CliRunner, Result
 from megavideo.verify.layout_runs import Trace, compare
 from megavideo.verify.layouts_command import main
 
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 FILES = ["configs/model/tiny.yaml", "configs/recipe/demo-stage1.yaml"]
 
 
@@ -20,8 +23,8 @@ def run(*arguments: str) -> Result:
 
 def test_layouts_of_every_kind_train_like_one_process(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
-    layouts = "dp2-zero3-recompute-attention tp2-sp-recompute-mlp pp2-vp2"
-    result = run("--set", "model.layers=4", "--layouts", layouts, "--json", str(rows))
+    (line,) = re.findall(r"^megavideo verify-layouts (.*)$", PAGE.read_text(), re.MULTILINE)
+    result = CliRunner().invoke(main, [*shlex.split(line), "--json", str(rows)])
     assert result.exit_code == 0, result.output
     assert "3 layouts compared with one process, 0 out of tolerance" in result.output
     table = json.loads(rows.read_text())
