@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test gpu lint clean
 
 help:
 	@echo "make demo    render clips, tokenise them, pretrain both stages, generate videos, write runs/demo/report (6 minutes on two idle cores)"
 	@echo "make test    run all tests (about 10 minutes on two cores)"
+	@echo "make gpu     with an NVIDIA GPU: kernels, their tests, sanitizers, benchmarks, all in runs/gpu/summary.md (1 to 3 hours, estimated)"
 	@echo "make lint    check format, lint and types"
 	@echo "make clean   remove .venv and build files; runs/ stays"
 	@echo "PYTHON=python3.12 make ...   chooses the interpreter"
@@ -30,6 +31,9 @@ NVCC := $(shell command -v nvcc)
 test: install
 	@test -n "$(NVCC)" || echo "no nvcc: CUDA kernels run in their emulator, registers and spills go unchecked"
 	$(BIN)/python -m pytest $(if $(NVCC),,-m "not nvcc")
+
+gpu: install
+	$(BIN)/python .ci/gpu.py
 
 lint: install
 	$(BIN)/ruff format --check .
