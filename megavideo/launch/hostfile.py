@@ -93,7 +93,7 @@ def exports(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, s
 
 
 def quoted(argument: str) -> str:
-    """`argument` as the remote shell must read it.
+    """`argument` as pdsh must read it to give it to the remote shell.
 
     Raises:
         ValueError: if it has white space, around which the runner puts quotes of its own, or is
@@ -104,7 +104,7 @@ def quoted(argument: str) -> str:
             f"argument {argument!r}: DeepSpeed's runner cannot pass on white space; put the value "
             "into a YAML file, or rename the file"
         )
-    return shlex.quote(argument)
+    return shlex.quote(argument).replace("%", "%%")  # of which pdsh makes one
 
 
 @dataclass(frozen=True)

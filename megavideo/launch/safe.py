@@ -6,8 +6,9 @@ login shell of each node reads it: `$(...)` in any of them would run there.
 
 import re
 
-# What no shell gives a meaning to in the middle of a word (also what shlex.quote leaves alone).
-PLAIN = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
+# What no shell gives a meaning to in the middle of a word (also what shlex.quote leaves alone), but
+# for %: pdsh makes %h, %n and %u the host, its number and the user.
+PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 # RFC 1123: labels of letters, digits and inner hyphens; an IPv4 address is of this form too.
 HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*", re.ASCII)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -22,8 +23,8 @@ def plain(value: str, what: str) -> str:
     end = PLAIN.match(value).end()  # type: ignore[union-attr]  # it matches the empty string
     if end < len(value):
         raise ValueError(
-            f"{what}={value!r}: {value[end]!r} has a meaning in a shell, and this value passes "
-            "through one on every node; use letters, digits and @%+=:,./_- only"
+            f"{what}={value!r}: {value[end]!r} has a meaning in a shell or to pdsh, and this value "
+            "passes through them to every node; use letters, digits and @+=:,./_- only"
         )
     return value
 

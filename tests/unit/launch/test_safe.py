@@ -1,5 +1,6 @@
 """Nothing with a meaning in a shell gets into one: hostfiles, exports, arguments, templates."""
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_exported_values_are_checked_also_those_that_deepspeed_adds() -> None:
     }
     with pytest.raises(ValueError, match=r"NCCL_DEBUG='\$\(id\)': '\$' has a meaning in a shell"):
         exports([], {"NCCL_DEBUG": "$(id)"})
+    with pytest.raises(ValueError, match="'%' has a meaning in a shell or to pdsh"):
+        exports(["LOG"], {"LOG": "%h.log"})
     with pytest.raises(ValueError, match="is no variable's name"):
         exports(["A B"], {"A B": "1"})
 
@@ -88,7 +91,10 @@ def test_what_is_plain_means_itself_in_a_shell(value: str) -> None:
 
 def test_arguments_survive_a_remote_shell() -> None:
     words = ["train", "a.yaml", "--set", "recipe.frame_rates=[1.0,2.0]", "x'y", "$(id);`id`", "*"]
-    line = " ".join(["printf", "'%s\\n'", *(quoted(word) for word in words)])
+    words += ["runs/%n-%h", "100%"]
+    by_pdsh = {"%h": "host", "%n": "0", "%u": "user", "%%": "%"}
+    given = " ".join(quoted(word) for word in words)
+    line = "printf '%s\\n' " + re.sub("%.", lambda found: by_pdsh[found[0]], given)
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == words
     for lost in ("a b", ""):
