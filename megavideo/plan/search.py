@@ -55,7 +55,8 @@ class Search:
 def search(config: Config, gpus: int, hardware: Hardware) -> Search:
     """Predict every legal layout of `config` on `gpus` devices.
 
-    Of `config.parallel`, reduce_bucket is kept; everything else is searched.
+    Of `config.parallel`, reduce_bucket is kept; everything else is searched, recomputation only
+    where it lets more fit.
     """
     found, predictor = Search(), Predictor(hardware)
     for settings in _layouts(config, gpus):

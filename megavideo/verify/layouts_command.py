@@ -108,11 +108,12 @@ def main(
     for layout in wanted:  # all that cannot be is refused before the first is trained
         variant(config, layout.settings, Case("sgd", 0.0))
     rows = []
-    click.echo(f"{'layout':<20} {'case':<15} {'loss':>8} {'norm':>8} {'update':>8}")
+    width = max(20, *(len(layout.name) for layout in wanted))
+    click.echo(f"{'layout':<{width}} {'case':<15} {'loss':>8} {'norm':>8} {'update':>8}")
     tolerances = (loss_tolerance, update_tolerance)
     for row in _compare_all(config, wanted, steps, deadline, tolerances):
         rows.append(row)
-        click.echo(_format(row))
+        click.echo(_format(row, width))
     if output:
         write_json(output, [asdict(row) for row in rows])
     missed = sorted({row.layout for row in rows if not row.ok})
@@ -164,10 +165,10 @@ def _within(difference: Difference, loss_tolerance: float, update_tolerance: flo
     )
 
 
-def _format(row: Row) -> str:
+def _format(row: Row, width: int) -> str:
     if row.difference is None:
-        return f"{row.layout:<20} FAILED\n{row.error}"
+        return f"{row.layout:<{width}} FAILED\n{row.error}"
     found = row.difference
     numbers = f"{found.loss:8.1e} {found.norm:8.1e} {found.update:8.1e}"
     verdict = "ok" if row.ok else f"MISS  worst in {found.parameter}"
-    return f"{row.layout:<20} {row.case:<15} {numbers} {verdict}"
+    return f"{row.layout:<{width}} {row.case:<15} {numbers} {verdict}"
