@@ -68,8 +68,6 @@ def test_the_tests_that_prove_a_step_are_part_of_the_suite() -> None:
     for words in commands("python -m pytest"):
         places = [ROOT / word for word in words if word.startswith("tests/")]
         assert places and all(place.exists() for place in places), words
-    for word in re.findall(r"`((?:megavideo|kernels|tests|configs|docs)/[\w./-]+)`", PAGE):
-        assert (ROOT / word).exists(), word
     for file, texts in NAMED.items():
         content = (ROOT / file).read_text()
         assert Path(file).name in PAGE
