@@ -132,7 +132,9 @@ def _draw(
             f"{index.making.image_tokenizer}"
         )
     sheet = contact_sheet(
-        [_pixels(tokenizer, clip, count) for clip in clips], [clip.caption for clip in clips], scale
+        [list(_pixels(tokenizer, clip, count)) for clip in clips],
+        [clip.caption for clip in clips],
+        scale,
     )
     with atomic_path(png) as temporary:
         sheet.save(temporary)

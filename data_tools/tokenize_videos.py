@@ -159,7 +159,9 @@ def main(
         text_tokenizer, image_tokenizer, video_fps, size, device, batch, max_seconds
     )
     making = load_tokenizers(settings).making
-    plans = make_plan(table, videos, output, clips_per_shard, holdout, settings, making)
+    plans: Sequence[ShardPlan] = make_plan(
+        table, videos, output, clips_per_shard, holdout, settings, making
+    )
     check_no_strangers(plans)
     if part.number == 1:
         _warn_unnamed(videos, {item.video for plan in plans for item in plan.items})
@@ -248,7 +250,7 @@ def _make_shards(
     work = partial(tokenize, settings)
     broken = Broken(max_broken)
     with (
-        closing(map_survivors(work, items, workers, 4 * workers, _died)) as results,
+        closing(map_survivors(work, items, workers, 4 * workers, _died)) as results,  # type: ignore[type-var]  # a generator
         progress("tokenising", total=sum(len(plan.items) for plan in todo)) as advance,
     ):
         for plan in todo:
