@@ -22,6 +22,7 @@ from megavideo.data.shards import (
     HashingReader,
     Making,
     Member,
+    list_lost_shards,
     list_shards,
     read_members,
     read_sidecar,
@@ -137,13 +138,18 @@ class ClipIndex:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The shards in `folder`, by name; ValueError if it holds none."""
+    """The shards in `folder`, by name; ValueError if it holds none, or one is lost."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     shards = list_shards(folder)
     if not shards:
         raise ValueError(
             f"{folder} holds no .tar shard; make some with `megavideo tokenize-videos`"
+        )
+    if lost := list_lost_shards(folder):
+        raise ValueError(
+            f"{len(lost)} shards are missing beside their .json, as {lost[0]}; restore them, or "
+            "delete the .json to go without"
         )
     return shards
 

@@ -78,6 +78,20 @@ def list_shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
+def list_lost_shards(folder: Path) -> list[Path]:
+    """Shards of which only the sidecar is in `folder`, as after a copy that was cut off."""
+    shards = (path.with_suffix(".tar") for path in sorted(folder.glob("*.json")))
+    return [shard for shard in shards if not shard.exists() and _is_described(shard)]
+
+
+def _is_described(shard: Path) -> bool:
+    try:
+        read_sidecar(shard)
+    except ValueError:  # a .json of something else
+        return False
+    return True
+
+
 def remove_shard(path: Path) -> None:
     """Remove a shard, its sidecar and what a killed writer has left of it."""
     sidecar_path(path).unlink(missing_ok=True)

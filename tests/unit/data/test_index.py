@@ -162,6 +162,17 @@ def test_shards_made_in_different_ways_do_not_mix(tmp_path: Path) -> None:
         rebuild(tmp_path)
 
 
+def test_a_shard_that_is_lost_beside_its_sidecar_is_missed(tmp_path: Path) -> None:
+    write_set(tmp_path, 3, 2)
+    (tmp_path / "notes.json").write_text("{}")
+    rebuild(tmp_path)
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"1 shards are missing .*shard-000001\.tar; restore"):
+        rebuild(tmp_path)
+    (tmp_path / "shard-000001.json").unlink()
+    assert len(rebuild(tmp_path)) == 4
+
+
 def test_a_folder_without_shards_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no \.tar shard"):
         rebuild(tmp_path)
