@@ -218,7 +218,8 @@ def finished(plan: ShardPlan) -> Sidecar | None:
     if sidecar.source != source:
         raise ValueError(
             f"{plan.path} was made from other videos, captions or settings; choose another output "
-            f"folder, or delete {plan.path.parent} to make it again"
+            f"folder, or delete it and its .json to make it again (after a change of settings, all "
+            f"of {plan.path.parent})"
         )
     whole = plan.path.exists() and file_sha256(plan.path) == sidecar.sha256
     return sidecar if whole else None

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import megavideo.data_tools.tokenize_videos as tokenize_videos
@@ -184,6 +185,19 @@ def test_a_finished_shard_that_was_damaged_is_made_again(work: Path, tokens: Pat
     shard.write_bytes(whole[:-1] + b"x")
     assert run_tokenize(work, tokens).exit_code == 0
     assert shard.read_bytes() == whole
+
+
+def test_a_video_that_was_repaired_costs_its_shard_only(work: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(work, tmp_path / "work"))
+    assert run_tokenize(copy, tmp_path / "out").exit_code == 0
+    shutil.copy(copy / "v4.mp4", copy / "v5.mp4")
+    result = run_tokenize(copy, tmp_path / "out")
+    assert "shard-000002.tar was made from other videos" in str(result.exception)
+    assert "delete it and its .json to make it again" in str(result.exception)
+    for suffix in ("tar", "json"):
+        (tmp_path / "out" / "train" / f"shard-000002.{suffix}").unlink()
+    result = run_tokenize(copy, tmp_path / "out")
+    assert "tokenised 6 of 7 videos (1 broken" in result.output
 
 
 def test_shards_of_another_job_are_not_overwritten(work: Path, tokens: Path) -> None:
