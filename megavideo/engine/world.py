@@ -1,5 +1,6 @@
 """The processes of a run: joining them, and agreeing among them."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -103,9 +104,16 @@ class World:
         return own[0] if own else function()
 
     def _end(self) -> None:
-        """Leave the others, before an exit that they all know of."""
-        if self.size > 1:
-            dist.destroy_process_group()  # left alone, gloo's threads sometimes abort the exit
+        """Leave the others, before an exit that they all know of.
+
+        Rank 0 leaves last, once it has said why: leaving takes NCCL seconds, and as soon as another
+        has ended torchrun ends those that are left.
+        """
+        if self.size > 1:  # left alone, gloo's threads sometimes abort the exit
+            if self.rank == 0:
+                atexit.register(dist.destroy_process_group)
+            else:
+                dist.destroy_process_group()
 
 
 def join_world(timeout_minutes: float, parallel: ParallelConfig | None = None) -> World:
