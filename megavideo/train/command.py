@@ -4,8 +4,10 @@ import math
 import os
 import socket
 import sys
+import time
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import torch
@@ -28,6 +30,8 @@ from megavideo.model.flops import training_flops
 from megavideo.model.partition import describe_stages, ideal_bubble
 from megavideo.train.loop import Run, train
 from megavideo.train.record import Recorder
+
+LATE_S = 20.0  # how much later than others rank 0 may come, on a busy node
 
 
 @click.command()
@@ -72,7 +76,7 @@ def main(
         train(run)
     except RunFailed as error:
         if world.rank:
-            sys.exit(1)  # rank 0 says the same
+            _leave_it_to_rank_zero(1)
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:
         if not rank_lost(error):
@@ -100,8 +104,14 @@ def load_on_all_ranks(files: tuple[str, ...], assignments: tuple[str, ...]) -> C
         return load_config(files, assignments)
     except (ValueError, FileNotFoundError):
         if rank():
-            sys.exit(2)
+            _leave_it_to_rank_zero(2)
         raise
+
+
+def _leave_it_to_rank_zero(status: int) -> NoReturn:
+    """End after rank 0 has said why: torchrun ends all as soon as one has ended."""
+    time.sleep(LATE_S)
+    sys.exit(status)
 
 
 def describe(config: Config, world_size: int) -> str:

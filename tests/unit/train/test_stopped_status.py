@@ -1,4 +1,4 @@
-"""What a stopped run tells the scheduler that started it."""
+"""What a run that stops, or never starts, tells the scheduler and the user."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,18 @@ from megavideo.train import command
 from tests.engine.support import config
 
 STEPS = 20
+
+
+def test_other_ranks_leave_a_mistake_to_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    with pytest.raises(FileNotFoundError):
+        command.load_on_all_ranks(("nowhere.yaml",), ())
+    assert not waited
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        command.load_on_all_ranks(("nowhere.yaml",), ())
+    assert waited == [command.LATE_S], "torchrun would end rank 0 before it has said anything"
 
 
 @pytest.mark.parametrize(
