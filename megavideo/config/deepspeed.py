@@ -121,7 +121,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: DeepSpeed would compile its own
         "steps_per_print": None,
         **({"pipeline": _PIPELINE} if parallel.pp > 1 else {}),
-        **_precision(recipe),
+        **_precision(recipe, parallel.zero),
     }
 
 
@@ -140,13 +140,16 @@ def _zero(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _precision(recipe: RecipeConfig) -> dict[str, Any]:
+def _precision(recipe: RecipeConfig, zero: int) -> dict[str, Any]:
     if recipe.precision == "fp32":
         return {}
     if recipe.precision == "bf16":
         return {
             "bf16": {"enabled": True, "check_grad_overflow": True},
             "data_types": {"grad_accum_dtype": "fp32"},
+            # Else what was added up in fp32 would be summed over replicas in bf16 (and copied for
+            # it). Higher stages sum each micro-batch's gradients, which are bf16 to begin with.
+            **({"communication_data_type": "fp32"} if zero == 1 else {}),
         }
     return {
         "fp16": {

@@ -117,7 +117,8 @@ class ScheduleConfig(Section):
     floor: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="final share of the lr")
     hold_steps: Natural = Field(
         100,
-        description="steps at `hold_rate` before anything else, when starting from a checkpoint",
+        description="updates at `hold_rate` before anything else, gentle with weights that were "
+        "trained before; 0 for a run that starts from none",
     )
     hold_rate: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="lr share while held")
 
@@ -214,7 +215,9 @@ class ParallelConfig(Section):
         "first and the head in the last; by default runs have even FLOPs",
     )
     zero: Annotated[int, Field(ge=0, le=3)] = Field(
-        1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients, 3 parameters too"
+        1,
+        description="ZeRO stage: 1 cuts optimizer state, 2 gradients, 3 parameters too. With bf16, "
+        "1 sums gradients over replicas in fp32, 2 and 3 in bf16, at each micro-batch",
     )
     offload_optimizer: bool = Field(
         False,
@@ -225,7 +228,11 @@ class ParallelConfig(Section):
         description="activation checkpointing: what of each layer the backward pass computes again "
         "instead of keeping it; mlp and attention are its halves, each with its two norms",
     )
-    reduce_bucket: Count = Field(100_000_000, description="elements per gradient-reduction bucket")
+    reduce_bucket: Count = Field(
+        100_000_000,
+        description="elements per gradient-reduction bucket; with ZeRO 0, and with 1 in bf16, "
+        "DeepSpeed has its own",
+    )
 
     @model_validator(mode="after")
     def _pipeline_fits(self) -> "ParallelConfig":

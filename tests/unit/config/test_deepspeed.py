@@ -70,6 +70,7 @@ def test_fp16_scales_the_loss_as_published() -> None:
 def test_bf16_adds_gradients_up_in_fp32() -> None:
     settings = deepspeed_config(recipe(precision="bf16"), ParallelConfig(), 1)
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
+    assert settings["communication_data_type"] == "fp32", "over replicas, too"
 
 
 def test_the_batch_and_the_clip_reach_deepspeed() -> None:
