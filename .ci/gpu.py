@@ -189,8 +189,10 @@ def main() -> int:
         return 2
     output.mkdir(parents=True, exist_ok=True)
     todo = parts(output, find_sanitizer(), torch.cuda.device_count())
-    outcomes = list(run_all(todo, output))
-    (output / "summary.md").write_text(summary(torch.cuda.get_device_name(), outcomes))
+    outcomes: list[Outcome] = []
+    for outcome in run_all(todo, output):  # Written each time: who stops early has the rest.
+        outcomes.append(outcome)
+        (output / "summary.md").write_text(summary(torch.cuda.get_device_name(), outcomes))
     print(f"wrote {output / 'summary.md'}")
     return int(any(outcome.failed for outcome in outcomes))
 

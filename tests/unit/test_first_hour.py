@@ -107,13 +107,14 @@ def test_a_part_that_fails_does_not_stop_those_after_it(
 def test_the_status_says_whether_any_part_failed(
     program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, status: int
 ) -> None:
-    todo = [program.Part("only", (sys.executable, "-c", code), 1.0)]
+    todo = [program.Part(name, (sys.executable, "-c", code), 1.0) for name in ("one", "two")]
     monkeypatch.setattr(program, "parts", lambda output, sanitizer, gpus: todo)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "out")])
     assert program.main() == status
-    assert (tmp_path / "out" / "summary.md").read_text().startswith("# Some GPU, ")
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert text.startswith("# Some GPU, ") and "| one |" in text and "| two |" in text
 
 
 def test_without_a_gpu_it_stops_with_one_line(tmp_path: Path) -> None:
