@@ -20,6 +20,7 @@ from megavideo import options
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.scenes import COLORS, MOTIONS, draw_scene, make_scene
 from megavideo.files import write_json
+from megavideo.log import log
 
 COLOR_NAMES, MOTION_NAMES = list(COLORS), list(MOTIONS)
 DIRECTIONS = ["moves to the left", "moves to the right", "moves up", "moves down"]
@@ -112,11 +113,14 @@ def through_tokenizer(clips: Clips, tokenizer: ImageTokenizer) -> Clips:
 def generated(folder: Path, tokenizer: ImageTokenizer) -> Clips:
     """Keyframes of every finished video in `folder` whose prompt is such a caption.
 
+    How many others there are is logged.
+
     Raises: ValueError if there is none.
     """
     frames, named = [], []
-    for about in sorted(folder.glob("*/about.json")):
-        prompt = json.loads(about.read_text())["prompt"]
+    found = sorted(folder.glob("*/about.json"))
+    for about in found:
+        prompt = json.loads(about.read_bytes())["prompt"]
         names = named_in(prompt)
         tokens = torch.from_numpy(np.load(about.parent / "tokens.npy").astype(np.int64))
         if names is None or (len(tokens) - 1) % (KEYFRAMES - 1):
@@ -130,13 +134,15 @@ def generated(folder: Path, tokenizer: ImageTokenizer) -> Clips:
             f"{folder} holds no video of `megavideo generate` whose prompt reads as those of "
             "`megavideo render-clips`"
         )
+    if left_out := len(found) - len(frames):
+        log.warning("%d of %d videos are left out: other prompts or lengths", left_out, len(found))
     color, motion = torch.tensor(named).unbind(1)
     return Clips(torch.stack(frames), color, motion)
 
 
 @torch.no_grad()
 def accuracies(judge: Judge, clips: Clips) -> dict[str, tuple[float, int]]:
-    """Share that the judge recognises, and of how many clips, for each attribute."""
+    """Share that the judge recognises, and of how many clips, for each attribute that they have."""
     color, motion = judge(clips.frames)
     straight = torch.tensor([MOTION_NAMES.index(name) for name in DIRECTIONS])
     is_straight = torch.isin(clips.motion, straight)
@@ -146,7 +152,9 @@ def accuracies(judge: Judge, clips: Clips) -> dict[str, tuple[float, int]]:
         "motion": motion.argmax(-1) == clips.motion,
         "direction": direction == clips.motion[is_straight],
     }
-    return {name: (float(hits.double().mean()), len(hits)) for name, hits in right.items()}
+    return {
+        name: (float(hits.double().mean()), len(hits)) for name, hits in right.items() if len(hits)
+    }
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`megavideo score-clips` and the report's page on generated videos, on clips made from scenes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_a_caption_names_one_color_and_one_motion() -> None:
 
 
 def test_the_judge_knows_real_clips_and_not_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(score_clips, "SCENES", 512)
     shown = scenes(40)
@@ -63,6 +64,11 @@ def test_the_judge_knows_real_clips_and_not_others(
     assert shares["right"]["motion"][0] > 0.25 > 0.2 > shares["wrong"]["motion"][0]
     assert shares["wrong"]["color"][0] < 0.5
     assert 0 < shares["right"]["direction"][1] < 30
+    (tmp_path / "right" / "0" / "about.json").write_text('{"prompt": "a dog"}')
+    some = score_clips.generated(tmp_path / "right", Pixels(frames))
+    assert len(some.color) == 39 and "1 of 40 videos are left out" in caplog.text
+    still = torch.full_like(some.motion, score_clips.MOTION_NAMES.index("does not move"))
+    assert score_clips.accuracies(judge, replace(some, motion=still)).keys() == {"color", "motion"}
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no video"):
         score_clips.generated(tmp_path / "none", Pixels(frames))
@@ -72,7 +78,7 @@ def test_the_program_says_chance_and_what_real_clips_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score_clips, "SCENES", 128)
-    monkeypatch.setattr(score_clips, "REAL", 12)
+    monkeypatch.setattr(score_clips, "REAL", 36)
     from tests.unit.superres.samples import write_tokenizers
 
     write_tokenizers(tmp_path)
