@@ -15,6 +15,10 @@ show() {
     "$@"
 }
 
+once() {   # once FILE COMMAND...: unless FILE, which the command writes at its end, is there
+    if [ -e "$1" ]; then printf '\n%s is there already\n' "$1"; else show "${@:2}"; fi
+}
+
 train() {   # train NAME RECIPE ARGUMENTS...
     local name=$1 recipe=$2
     shift 2
@@ -37,12 +41,12 @@ held_out() {   # held_out NAME right|shuffled [--shuffle-captions]
 mkdir -p "$run"
 
 # Videos, as anybody has them: files and a table of captions.
-show megavideo render-clips --out "$run/clips" --count 480
+show megavideo render-clips --out "$run/clips" --count 480 --size 192
 
-# Tokenizers for text and frames.
+# Tokenizers for text and frames. The video model sees 64 pixels, which super-resolution makes 192.
 show megavideo train-text-tokenizer "$run/clips/captions.csv" --vocab-size 512 --out "$run/text.model"
-show megavideo train-image-tokenizer "$run/clips" --out "$run/image.safetensors" --size 64 \
-    --channels 8 --z-channels 32 --codes 256 --steps 560 --batch 8 --crop 32 --frames 4000 \
+once "$run/image.safetensors" megavideo train-image-tokenizer "$run/clips" --out "$run/image.safetensors" \
+    --size 64 --channels 8 --z-channels 32 --codes 256 --steps 560 --batch 8 --crop 32 --frames 4000 \
     --learning-rate 4e-3 --preview "$run/report/image-tokenizer.png"
 
 # Offline tokenisation into WebDataset shards; a tenth of the captions is held out.
@@ -65,9 +69,16 @@ for name in stage1 stage2; do
     held_out $name shuffled --shuffle-captions
 done
 
-# Videos: captions of two held-out clips become 33 frames each. Keyframes of 48 prompts are judged by
-# a classifier: does it see the colour and the direction that the prompt names?
-show megavideo generate --checkpoint "$run/stage1" --stage2 "$run/stage2" --output "$run/videos" \
+# Super-resolution on the same base: 8 x 8 tokens of a frame become 24 x 24.
+once "$run/superres.json" megavideo train-superres "$run/clips/captions.csv" --base "$run/base" \
+    --out "$run/superres" --text-tokenizer "$run/text.model" \
+    --image-tokenizer "$run/image.safetensors" --steps 150 --batch 4 --frames-per-video 1 \
+    --learning-rate 2e-3 --preview "$run/report/superres.png" --json "$run/superres.json"
+
+# Videos: captions of two held-out clips become 33 frames each, enlarged to 192 pixels. Keyframes of
+# 48 prompts are judged by a classifier: does it see the colour and direction that the prompt names?
+show megavideo generate --checkpoint "$run/stage1" --stage2 "$run/stage2" \
+    --superres "$run/superres" --superres-temperature 0.2 --output "$run/videos" \
     --image-tokenizer "$run/image.safetensors" \
     --prompt "a purple star moves to the right on a white background" \
     --prompt "an orange square moves to the left on a black background"
@@ -78,5 +89,5 @@ show megavideo score-clips "$run/judged" --image-tokenizer "$run/image.safetenso
 
 show megavideo report "$run/base" "$run/stage1" "$run/stage2" --output "$run/report" \
     --image-tokenizer "$run/image.safetensors" --generated "$run/videos" \
-    --captions "$run/clips/captions.csv" --scores "$run/judged.json"
+    --captions "$run/clips/captions.csv" --scores "$run/judged.json" --superres "$run/superres.json"
 printf '\nDone in %d s. Look at %s/report/report.md\n' "$SECONDS" "$run"

@@ -15,6 +15,7 @@ from megavideo.generate.run import generate, given_frames, load_tokenizer
 from megavideo.generate.settings import Settings
 from megavideo.generate.work import superres_flops
 from megavideo.log import rank
+from megavideo.superres.upsample import CODE_TEMPERATURE
 
 TIMEOUT_MINUTES = 30.0
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -58,6 +59,10 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @option("--top-p", default=1.0, help="The likeliest codes with this sum of probability stay.")
 @option("--clusters", type=FILE, help="Labels of codes, of `megavideo cluster-codes`.")
 @option("--code-temperature", type=POSITIVE, default=0.89, help="For a code inside its cluster.")
+@option(
+    "--superres-temperature", type=POSITIVE, default=CODE_TEMPERATURE,
+    help="For a code of --superres (of its cluster); a low one makes clean shapes.",
+)  # fmt: skip
 @option("--image-suffix", default="", help="Appended to the prompt for the first frame.")
 @option("--video-suffix", default="", help="Appended for keyframes, and the guider's prompt.")
 @option("--reference-compat", is_flag=True, help="Windows as the published decoder cuts them.")

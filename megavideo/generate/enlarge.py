@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from megavideo.config.schema import ModelConfig
+from megavideo.sampling.strategy import Strategy
 from megavideo.superres.checkpoint import config_of, load
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
-from megavideo.superres.upsample import direct_strategy, refine, upsample
+from megavideo.superres.upsample import refine, upsample
 
 
 def direct_config_of(folder: Path, video: ModelConfig) -> DirectConfig:
@@ -61,14 +62,14 @@ class Enlarger:
     Args:
         superres: folder of the direct model, as `direct_config_of` checks it.
         refinement: folder of the iterative one, as `iterative_config_of` checks it; None for none.
-        labels: clusters of codes for the direct model, int64 [codes].
+        strategy: how the direct model's tokens are drawn.
     """
 
     def __init__(
         self,
         superres: Path,
         refinement: Path | None,
-        labels: Tensor | None,
+        strategy: Strategy,
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -81,7 +82,7 @@ class Enlarger:
             iterative = load(refinement, device, dtype)
             assert isinstance(iterative, IterativeSuperResolution)
             self.iterative = iterative
-        self.strategy = direct_strategy(labels)
+        self.strategy = strategy
         self.seed = seed
 
     def __call__(self, text: Sequence[int], frames: Tensor, purpose: str) -> Tensor:

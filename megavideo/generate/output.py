@@ -101,6 +101,7 @@ class FinishedVideo:
     folder: Path
     prompt: str
     fps: float
+    enlarged: bool
 
 
 def finished_videos(folder: Path) -> list[FinishedVideo]:
@@ -108,7 +109,8 @@ def finished_videos(folder: Path) -> list[FinishedVideo]:
     found = []
     for path in sorted(folder.glob(f"*/{ABOUT}")):
         about = json.loads(path.read_bytes())
-        found.append(FinishedVideo(path.parent, about["prompt"], about["fps"]))
+        enlarged = "enlarged.npy" in about["files"]
+        found.append(FinishedVideo(path.parent, about["prompt"], about["fps"], enlarged))
     return found
 
 

@@ -23,6 +23,7 @@ from megavideo.generate.settings import Settings
 from megavideo.log import log, progress
 from megavideo.model.execution import DTYPES
 from megavideo.superres.checkpoint import check_tokenizers
+from megavideo.superres.upsample import direct_strategy
 
 DECODED_FRAMES = 16  # frames that the image tokenizer turns into pixels at once
 
@@ -138,8 +139,9 @@ class Generation:
             check_tokenizers(folder, self._text.digest, self.tokenizer.digest)
         precision = DTYPES[settings.any_config.recipe.precision]
         device = self.tokenizer.quantize.embed.weight.device
+        strategy = direct_strategy(settings.labels, settings.superres_temperature)
         return Enlarger(
-            settings.superres, settings.refine, settings.labels, settings.seed, device, precision
+            settings.superres, settings.refine, strategy, settings.seed, device, precision
         )
 
     def pixels(self, tokens: Tensor) -> np.ndarray:

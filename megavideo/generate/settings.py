@@ -51,6 +51,7 @@ class Settings:
     top_p: float
     clusters: Path | None
     code_temperature: float
+    superres_temperature: float
     image_suffix: str
     video_suffix: str
     reference_compat: bool
@@ -226,6 +227,7 @@ class Settings:
             described[name] = None if path is None else xxhash.xxh3_128_hexdigest(path.read_bytes())
         for name, (folder, _) in self.superres_stages.items():
             described[name] = folder_digest(folder, SUPERRES_MANIFEST)
+            described["superres_temperature"] = self.superres_temperature
         for name, stage in (("stage1", self.keyframe_stage), ("stage2", self.interpolation_stage)):
             described[name] = None if stage is None else _described(*stage)
         return described

@@ -9,7 +9,7 @@ from megavideo.data.image_tokenizer import ImageTokenizer
 from megavideo.files import atomic_path, atomic_write
 from megavideo.log import log
 from megavideo.report.curves import draw_losses
-from megavideo.report.generated import draw_generated, judgement
+from megavideo.report.generated import draw_generated, enlarging, judgement
 from megavideo.report.predictions import draw_predictions
 from megavideo.report.runs import FinishedRun, open_run
 
@@ -27,6 +27,7 @@ GENERATED = "generated.png"
 @click.option("--generated", type=FOLDER, help="Videos of `megavideo generate` to show.")
 @click.option("--captions", type=FOLDER, help="Table of real clips, shown beside those.")
 @click.option("--scores", type=FOLDER, help="What `megavideo score-clips --json` wrote.")
+@click.option("--superres", type=FOLDER, help="What `megavideo train-superres --json` wrote.")
 def main(
     runs: tuple[Path, ...],
     output: Path,
@@ -35,13 +36,15 @@ def main(
     generated: Path | None,
     captions: Path | None,
     scores: Path | None,
+    superres: Path | None,
 ) -> None:
     """Write a report about RUNS (folders of `megavideo train`) into a folder.
 
     It holds loss curves, what each run reached and how fast, whether its frozen weights are what
     they were, and the held-out loss with right and with shuffled captions where `megavideo evaluate
     --json RUN/held-out-right.json` (and -shuffled) was run before; with --generated and
-    --captions, generated videos under real clips of the same caption.
+    --captions, generated videos under real clips of the same caption, and where frames were
+    enlarged, what they were before.
 
     \b
     Example:
@@ -51,8 +54,8 @@ def main(
     opened = [open_run(folder) for folder in runs]
     draw_losses(opened, output / "losses.png")
     pictures = {}
-    if image_tokenizer is not None:
-        tokenizer = ImageTokenizer.load(image_tokenizer).eval()
+    tokenizer = None if image_tokenizer is None else ImageTokenizer.load(image_tokenizer).eval()
+    if tokenizer is not None:
         for run in opened:
             if run.config.data.validation is not None:
                 pictures[run.name] = f"predictions-{run.name}.png"
@@ -62,8 +65,8 @@ def main(
         raise ValueError("--generated and --captions go together")
     if generated is not None and captions is not None:
         with atomic_path(output / GENERATED) as temporary:
-            draw_generated(generated, captions).save(temporary)
-    shown = _generated(generated is not None, scores)
+            draw_generated(generated, captions, tokenizer).save(temporary)
+    shown = _generated(generated is not None, scores, superres)
     with atomic_write(output / "report.md") as file:
         file.write(_page(opened, pictures, shown).encode())
     log.info("wrote %s", output / "report.md")
@@ -146,8 +149,10 @@ def _frozen(runs: Sequence[FinishedRun]) -> str:
     return f"## Frozen weights\n\n{about}\n\n" + _table(["run", "before", "after", ""], rows)
 
 
-def _generated(shown: bool, scores: Path | None) -> str:
+def _generated(shown: bool, scores: Path | None, superres: Path | None) -> str:
     parts = [f"![generated videos]({GENERATED})"] if shown else []
+    if superres is not None:
+        parts.append(enlarging(superres))
     if scores is not None:
         parts.append(
             "How often a classifier, trained on real clips, sees in a clip what its caption says: "

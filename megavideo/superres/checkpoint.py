@@ -177,14 +177,17 @@ def published_config(tensors: Mapping[str, Shaped], settings: Mapping[str, Any])
     return IterativeConfig(**sizes)
 
 
+def empty_model(config: Config) -> SuperResolution:
+    """A model without storage, whose tensors are to be assigned."""
+    with torch.device("meta"):
+        if isinstance(config, DirectConfig):
+            return DirectSuperResolution(config)
+        return IterativeSuperResolution(config)
+
+
 def _filled(config: Config, tensors: dict[str, Tensor], path: Path) -> SuperResolution:
     """A model that takes the tensors over without copying them."""
-    with torch.device("meta"):
-        model: SuperResolution
-        if isinstance(config, DirectConfig):
-            model = DirectSuperResolution(config)
-        else:
-            model = IterativeSuperResolution(config)
+    model = empty_model(config)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

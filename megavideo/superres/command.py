@@ -1,11 +1,14 @@
-"""`megavideo train-superres`: a small direct super-resolution model, from captioned videos."""
+"""`megavideo train-superres`: a small super-resolution model, from captioned videos."""
 
 import time
+from collections.abc import Callable, Sequence
+from math import isqrt
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from torch import Tensor
 
 from megavideo import options
 from megavideo.checkpoint.manifest import read_training
@@ -17,14 +20,19 @@ from megavideo.data.pictures import contact_sheet
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.data.tokenizing import is_held_out
 from megavideo.data.trainer_file import train_with_checkpoints
-from megavideo.files import atomic_path
-from megavideo.superres.checkpoint import Origin, save
-from megavideo.superres.config import DirectConfig
+from megavideo.files import atomic_path, write_json
+from megavideo.superres.checkpoint import Config, Origin, SuperResolution, save
+from megavideo.superres.model import DirectSuperResolution
 from megavideo.superres.pairs import Pairs, Reading, load_pairs
-from megavideo.superres.training import FACTOR, DirectTrainer, Training, direct_config, new_model
-from megavideo.superres.upsample import direct_strategy, upsample
+from megavideo.superres.start import FACTOR, direct_config, iterative_config, new_model
+from megavideo.superres.training import Trainer, Training
+from megavideo.superres.upsample import direct_strategy, refine, upsample
 
 PREVIEW_FRAMES = 6
+CONFIGS: dict[str, Callable[[ModelConfig, int | None], Config]] = {
+    "direct": direct_config,
+    "iterative": iterative_config,
+}
 
 
 @click.command()
@@ -32,6 +40,10 @@ PREVIEW_FRAMES = 6
 @click.option(
     "--base", type=click.Path(path_type=Path), required=True,
     help="A run of stage image: its weights are kept frozen.",
+)  # fmt: skip
+@click.option(
+    "--kind", type=click.Choice(["direct", "iterative"]), default="direct", show_default=True,
+    help="direct enlarges frames; iterative refines enlarged ones.",
 )  # fmt: skip
 @options.text_tokenizer
 @click.option(
@@ -55,7 +67,8 @@ PREVIEW_FRAMES = 6
     help="Frames drawn from each video.",
 )  # fmt: skip
 @click.option(
-    "--text-slots", type=click.IntRange(min=1), default=None, show_default="96, or what fits",
+    "--text-slots", type=click.IntRange(min=1), default=None,
+    show_default="as published, or what fits",
     help="Longest caption in tokens; more are cut off.",
 )  # fmt: skip
 @click.option(
@@ -70,13 +83,15 @@ PREVIEW_FRAMES = 6
 @options.save_every
 @click.option(
     "--preview", type=click.Path(dir_okay=False, path_type=Path),
-    help="PNG of held-out frames: small, enlarged by the model, and real.",
+    help="PNG of held-out frames: small, made by the model, and real.",
 )  # fmt: skip
+@options.json_output
 @options.device
 @options.reading_workers
 def main(
     captions: Path,
     base: Path,
+    kind: str,
     text_tokenizer: Path,
     image_tokenizer: Path,
     out: Path,
@@ -91,10 +106,12 @@ def main(
     seed: int,
     save_every: int,
     preview: Path | None,
+    output: Path | None,
     device: str,
     workers: int,
 ) -> None:
-    """Train a model that turns a frame's tokens into those of a frame three times as large.
+    """Train a model that turns a frame's tokens into those of a frame three times as large, or
+    (--kind iterative) one that draws a part of such a frame's tokens anew, given the others.
 
     CAPTIONS is a table as for `tokenize-videos`. Frames are drawn from its videos and tokenised in
     the base's size and in three times that. One process, one device: for demonstrations and small
@@ -111,22 +128,24 @@ def main(
     image = ImageTokenizer.load(image_tokenizer).to(device)
     image = image.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     text = TextTokenizer(text_tokenizer, image.num_codes)
-    config = direct_config(_model_of(base), text_slots)
+    video = _model_of(base)
+    config = CONFIGS[kind](video, text_slots)
     _check_tokenizers(config, image, text)
-    side = config.coarse_side * image.config.compress_rate
+    side = video.side * image.config.compress_rate
     reading = Reading(side, FACTOR * side, fps, frames_per_video, seed)
     train, held_out = _load(captions, videos, holdout, reading, image, text, workers)
     weights = open_base_weights(base)
-    model = new_model(config, {name: weights.read(name) for name in weights.tensors})
-    trainer = DirectTrainer(
-        model, Training(steps, batch, learning_rate, seed), torch.device(device)
-    )
+    tensors = {name: weights.read(name) for name in weights.tensors}
+    model = new_model(config, tensors, video.image_position)
+    trainer = Trainer(model, Training(steps, batch, learning_rate, seed), torch.device(device))
     checkpoint = out / "training.safetensors"
     train_with_checkpoints(trainer, train, checkpoint, save_every)
     score = trainer.evaluate(held_out)
     save(out, model, Origin(text.digest, image.digest, steps))
     if preview:
         write_preview(preview, trainer, image, held_out)
+    if output:
+        write_json(output, {"frames": len(held_out), **score._asdict()})
     checkpoint.unlink(missing_ok=True)
     click.echo(
         f"{out}: trained {steps} steps on {len(train)} frames; {len(held_out)} held-out frames: "
@@ -134,30 +153,36 @@ def main(
     )
 
 
-def write_preview(path: Path, trainer: DirectTrainer, image: ImageTokenizer, pairs: Pairs) -> None:
-    """Held-out frames in three rows: small, enlarged by the model, and large as they are."""
-    config = trainer.model.config
+def write_preview(path: Path, trainer: Trainer, image: ImageTokenizer, pairs: Pairs) -> None:
+    """Held-out frames in three rows: small, made by the model, and large as they are."""
     chosen = np.linspace(0, len(pairs) - 1, PREVIEW_FRAMES, dtype=int)
     coarse, fine = (torch.from_numpy(t[chosen]).long() for t in (pairs.coarse, pairs.fine))
-    strategy = direct_strategy(None)
-    enlarged = torch.cat(
-        [
-            upsample(trainer.model, pairs.texts[row], frame[None], strategy, 0, f"preview/{row}")
-            for row, frame in zip(chosen, coarse, strict=True)
-        ]
-    )
-    rows = [
-        image.decode_frames(tokens.unflatten(1, (side, side)))
-        for tokens, side in (
-            (coarse, config.coarse_side),
-            (enlarged, config.fine_side),
-            (fine, config.fine_side),
-        )
-    ]
+    made, label = _made(trainer.model, [pairs.texts[row] for row in chosen], coarse, fine)
+    rows = [_pixels(image, tokens) for tokens in (coarse, made, fine)]
     rows[0] = rows[0].repeat(FACTOR, 1).repeat(FACTOR, 2)
-    labels = ["small", "enlarged by the model", "large, from its own tokens"]
+    labels = ["small", label, "large, from its own tokens"]
     with atomic_path(path) as temporary:
         contact_sheet([list(row) for row in rows], labels).save(temporary, format="PNG")
+
+
+def _made(
+    model: SuperResolution, texts: Sequence[Sequence[int]], coarse: Tensor, fine: Tensor
+) -> tuple[Tensor, str]:
+    """What the model makes of frames [n, N] and [n, M], each with its text; and its name."""
+    frames = list(enumerate(zip(texts, coarse[:, None], fine[:, None], strict=True)))
+    if isinstance(model, DirectSuperResolution):
+        how = direct_strategy(None)
+        made = [
+            upsample(model, text, small, how, 0, f"preview/{n}") for n, (text, small, _) in frames
+        ]
+        return torch.cat(made), "enlarged by the model"
+    made = [refine(model, text, large, 0, f"preview/{n}") for n, (text, _, large) in frames]
+    return torch.cat(made), "large, partly drawn anew by the model"
+
+
+def _pixels(image: ImageTokenizer, tokens: Tensor) -> np.ndarray:
+    side = isqrt(tokens.shape[1])
+    return image.decode_frames(tokens.unflatten(1, (side, side)))
 
 
 def _model_of(base: Path) -> ModelConfig:
@@ -167,7 +192,7 @@ def _model_of(base: Path) -> ModelConfig:
     return ModelConfig.model_validate(read_training(checkpoint).config["model"])
 
 
-def _check_tokenizers(config: DirectConfig, image: ImageTokenizer, text: TextTokenizer) -> None:
+def _check_tokenizers(config: Config, image: ImageTokenizer, text: TextTokenizer) -> None:
     if image.num_codes != config.image_codes or text.vocab_size > config.vocab_size:
         raise ValueError(
             f"the base has {config.image_codes} image codes and {config.vocab_size} tokens, the "

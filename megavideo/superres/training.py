@@ -1,9 +1,14 @@
-"""Training of direct super-resolution: its own attention and positions, on a frozen base."""
+"""Training of super-resolution: a step, and the score on held-out frames.
+
+A direct model learns all fine tokens of a frame from its coarse ones; an iterative one those that a
+round masks, from the others.
+"""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megavideo.config.schema import ModelConfig
 from megavideo.data.trainer_file import load_trainer, save_trainer, warm_cosine
-from megavideo.superres.config import DirectConfig
+from megavideo.superres.checkpoint import SuperResolution
 from megavideo.superres.model import DirectSuperResolution
 from megavideo.superres.pairs import Pairs
-
-SHARED = (
-    "hidden", "heads", "layers", "vocab_size", "image_codes", "begin_of_image", "position_rows",
-    "norm_eps",
-)  # fmt: skip
-PUBLISHED_SLOTS = 96
-FACTOR = 3  # fine tokens per coarse token and axis
+from megavideo.superres.upsample import TOP_K, round_mask
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Training:
 
 
 class Score(NamedTuple):
-    """Over all fine tokens: mean cross-entropy in nats, share of tokens whose likeliest is right.
+    """Of predicted tokens: mean cross-entropy in nats, share of those whose likeliest is right.
 
     commonest: what always saying the most frequent code would get right.
     """
@@ -59,62 +57,10 @@ class Score(NamedTuple):
         )
 
 
-def direct_config(model: ModelConfig, text_slots: int | None = None) -> DirectConfig:
-    """Super-resolution by three of the frames of text-to-video model `model`.
-
-    Args:
-        text_slots: by default as many as published, or as the model has positions for.
-    Raises: ValueError if the model's position table ends too early.
-    """
-    return DirectConfig(
-        **{name: getattr(model, name) for name in SHARED},
-        text_slots=text_slots or min(PUBLISHED_SLOTS, model.image_position),
-        coarse_side=model.side,
-        # A base's slot p holds token p-1, so token p stands where slot p+1 does.
-        coarse_position=model.image_position + 1,
-        fine_side=FACTOR * model.side,
-    )
-
-
-def new_model(config: DirectConfig, base: Mapping[str, Tensor]) -> DirectSuperResolution:
-    """A model to train: the base, frozen; its attention copied; its positions tiled 3 x 3.
-
-    Raises: ValueError if `base` is not the base of this configuration.
-    """
-    with torch.device("meta"):
-        model = DirectSuperResolution(config)
-    own = {name for name, _ in model.named_parameters() if is_trained(name)}
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    wrong = [n for n in shapes.keys() - own if n not in base or base[n].shape != shapes[n]]
-    if wrong or base.keys() - shapes.keys():
-        odd = sorted(wrong) or sorted(base.keys() - shapes.keys())
-        raise ValueError(f"the base does not fit this model: {odd[0]} is missing or differs")
-    fresh = {name: _initial(name, base, config) for name in own}
-    model.load_state_dict({**base, **fresh}, assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in own)
-    return model
-
-
-def is_trained(name: str) -> bool:
-    """Whether super-resolution trains the parameter `name`; all others are the base's."""
-    return ".attention.fine." in name or name == "embedding.fine_position"
-
-
-def _initial(name: str, base: Mapping[str, Tensor], config: DirectConfig) -> Tensor:
-    """As CogView2's starts: a copy of the base's attention; a frame's positions, 3 x 3 times."""
-    if name != "embedding.fine_position":
-        return base[name.replace(".fine.", ".spatial.")].clone()
-    first = config.coarse_position - 1
-    frame = base["embedding.position"][first : first + config.coarse_tokens]
-    square = frame.unflatten(0, (config.coarse_side, config.coarse_side))
-    return square.repeat(config.factor, config.factor, 1).flatten(0, 1)
-
-
-class DirectTrainer:
+class Trainer:
     """Model, optimizer and step count; everything else of a step is a function of (seed, step)."""
 
-    def __init__(self, model: DirectSuperResolution, training: Training, device: torch.device):
+    def __init__(self, model: SuperResolution, training: Training, device: torch.device):
         self.model = model.to(device)
         self.training = training
         self.device = device
@@ -123,12 +69,15 @@ class DirectTrainer:
             self.trained.values(), betas=(0.9, 0.95), weight_decay=1e-4
         )
         self.step = 0
+        rounds = 1 if isinstance(model, DirectSuperResolution) else len(TOP_K)
+        self.rounds = range(1, rounds + 1)
 
     def train(self, pairs: Pairs, after_step: Callable[[float], None] = lambda _: None) -> None:
         """Train until `training.steps`. Raises ValueError if the loss is not finite."""
         while self.step < self.training.steps:
             rng = np.random.default_rng([self.training.seed, self.step])
-            loss = self._train_step(pairs, rng.integers(len(pairs), size=self.training.batch))
+            rows = rng.integers(len(pairs), size=self.training.batch)
+            loss = self._train_step(pairs, rows, int(rng.choice(self.rounds)))
             if not math.isfinite(loss):
                 raise ValueError(
                     f"step {self.step}: the loss is {loss}; use a lower --learning-rate than "
@@ -137,33 +86,43 @@ class DirectTrainer:
             self.step += 1
             after_step(loss)
 
-    def _train_step(self, pairs: Pairs, rows: np.ndarray) -> float:
+    def _train_step(self, pairs: Pairs, rows: np.ndarray, round_number: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.rate(self.step)
-        logits, fine = self._logits(pairs, rows)
-        loss = F.cross_entropy(logits.flatten(0, 1), fine.flatten())
+        loss = F.cross_entropy(*self._predicted(pairs, rows, round_number))
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.training.gradient_norm)
         self.optimizer.step()
         return loss.item()
 
-    def _logits(self, pairs: Pairs, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Logits [B, M, codes] and what they should say, [B, M]."""
+    def _predicted(
+        self, pairs: Pairs, rows: np.ndarray, round_number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [S, codes] of the slots that are predicted, and what they should say, [S]."""
         made = pairs.batch(rows, self.model.config.text_slots)
         text, text_length, coarse, fine = (tensor.to(self.device) for tensor in made)
-        return self.model.logits(self.model(text, text_length, coarse)), fine
+        if isinstance(self.model, DirectSuperResolution):
+            states, wanted = self.model(text, text_length, coarse), fine
+        else:
+            config = self.model.config
+            unknown = round_mask(config.fine_side, round_number).to(self.device)
+            masked = fine.masked_fill(unknown, config.begin_of_image)
+            states, wanted = self.model(text, text_length, masked)[:, unknown], fine[:, unknown]
+        return self.model.logits(states).flatten(0, 1), wanted.flatten()
 
     @torch.no_grad()
     def evaluate(self, pairs: Pairs) -> Score:
-        """Loss and accuracy on all of `pairs`."""
-        loss, right = 0.0, 0
-        for rows in np.array_split(np.arange(len(pairs)), -(-len(pairs) // self.training.batch)):
-            logits, fine = self._logits(pairs, rows)
-            loss += float(F.cross_entropy(logits.flatten(0, 1), fine.flatten(), reduction="sum"))
-            right += int((logits.argmax(-1) == fine).sum())
-        total = pairs.fine.size
-        return Score(loss / total, right / total, np.bincount(pairs.fine.flat).max() / total)
+        """Loss and accuracy on all of `pairs`, in every round."""
+        parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // self.training.batch))
+        loss, right, counts = 0.0, 0, torch.zeros(self.model.config.image_codes)
+        for rows, number in product(parts, self.rounds):
+            logits, wanted = self._predicted(pairs, rows, number)
+            loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
+            right += int((logits.argmax(-1) == wanted).sum())
+            counts += torch.bincount(wanted.cpu(), minlength=len(counts))
+        total = int(counts.sum())
+        return Score(loss / total, right / total, float(counts.max()) / total)
 
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs as one file."""

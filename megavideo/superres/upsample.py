@@ -27,14 +27,14 @@ TILE = (
 )
 
 
-def direct_strategy(labels: Tensor | None) -> Strategy:
+def direct_strategy(labels: Tensor | None, temperature: float = CODE_TEMPERATURE) -> Strategy:
     """CogVideo's: the 6 likeliest clusters, then a code at 0.6; `labels` int64 [image codes].
 
-    Without labels a code is drawn at temperature 0.6 from all.
+    Without labels a code is drawn at that temperature from all.
     """
     if labels is None:
-        return Strategy(temperature=CODE_TEMPERATURE)
-    return Strategy(top_k=TOP_CLUSTERS, labels=labels, code_temperature=CODE_TEMPERATURE)
+        return Strategy(temperature=temperature)
+    return Strategy(top_k=TOP_CLUSTERS, labels=labels, code_temperature=temperature)
 
 
 @torch.no_grad()

@@ -119,11 +119,17 @@ def test_frames_are_enlarged(runs: Path, tmp_path: Path) -> None:
     assert "all 1 videos are there" in generate(
         runs, tmp_path / "large", *options, "--superres", str(runs / "superres")
     )
-    with pytest.raises(ValueError, match=r"other settings \(superres\)"):
+    with pytest.raises(ValueError, match=r"other settings \(superres, superres_temperature\)"):
         generate(runs, tmp_path / "large", *options)
+    options += ["--superres", str(runs / "superres")]
+    generate(runs, tmp_path / "cold", *options, "--superres-temperature", "0.01")
+    cold, warm = (
+        np.load(next((tmp_path / n).iterdir()) / "enlarged.npy") for n in ("cold", "large")
+    )
+    assert not np.array_equal(cold, warm)
     make_superres(runs, "stranger", image_digest="another")
     with pytest.raises(ValueError, match="was trained with another image tokenizer"):
-        generate(runs, tmp_path / "x", *options, "--superres", str(runs / "stranger"))
+        generate(runs, tmp_path / "x", *options[:-1], str(runs / "stranger"))
 
 
 def test_enlarged_frames_are_refined(runs: Path, tmp_path: Path) -> None:
@@ -247,7 +253,7 @@ def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None
         (["--checkpoint", "stage1", "--prompts", "text.model"], "either --prompt"),
         (["--interpolate", "text.model"], "needs --stage2"),
         (["--stage2", "stage2", "--interpolate", "text.model"], "video text.model"),
-        (["--checkpoint", "stage1", "--clusters", "labels.npy"], "32 integers from 0"),
+        (["--checkpoint", "stage1", "--clusters", "labels.npy"], "32 integers below 32"),
         (["--checkpoint", "stage1", "--top-p", "0"], "top_p=0"),
         (["--checkpoint", "stage1", "--image-tokenizer", "other.safetensors"], "has 16 codes"),
         (["--checkpoint", "stage1", "--refine", "refinement"], "--superres DIR made: name both"),

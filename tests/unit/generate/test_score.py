@@ -105,9 +105,9 @@ def test_generated_videos_are_shown_under_real_ones(tmp_path: Path) -> None:
         write_video_folder(tmp_path / "out" / request.name, request, {}, codes, frames, 8.0)
     write_video(tmp_path / "real.mp4", frames, 8.0)
     write_captions(tmp_path / "captions.csv", [Caption("real.mp4", "a red circle")])
-    three = draw_generated(tmp_path / "out", tmp_path / "captions.csv")
+    three = draw_generated(tmp_path / "out", tmp_path / "captions.csv", None)
     write_captions(tmp_path / "captions.csv", [Caption("real.mp4", "another")])
-    two = draw_generated(tmp_path / "out", tmp_path / "captions.csv")
+    two = draw_generated(tmp_path / "out", tmp_path / "captions.csv", None)
     assert three.height > 1.4 * two.height
     with pytest.raises(ValueError, match="no finished video"):
-        draw_generated(tmp_path / "real", tmp_path / "captions.csv")
+        draw_generated(tmp_path / "real", tmp_path / "captions.csv", None)

@@ -9,7 +9,7 @@ import torch
 from megavideo.superres.checkpoint import Origin, load, origin_of, published_config, save
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
-from megavideo.superres.training import is_trained
+from megavideo.superres.start import is_new
 from tests.unit.checkpoint.samples import weights, write_split_sat
 from tests.unit.superres.samples import direct, drawn
 
@@ -19,7 +19,7 @@ ORIGIN = Origin("text", "image", 7)
 def saved(folder: Path) -> DirectSuperResolution:
     model = direct().float()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name))
+        parameter.requires_grad_(is_new(name))
     save(folder, model, ORIGIN)
     return model
 
@@ -89,7 +89,7 @@ def test_the_published_sizes_are_read_from_the_tensors() -> None:
     assert published_config(direct_tensors, {}) == DirectConfig()
     assert published_config(iterative_tensors, {}) == IterativeConfig()
     assert published_config(direct_tensors, {"num_attention_heads": 24}).heads == 24
-    own = sum(t.numel() for name, t in direct_tensors.items() if is_trained(name))
+    own = sum(t.numel() for name, t in direct_tensors.items() if is_new(name))
     assert own == 48 * (4 * 3072**2 + 4 * 3072) + 3600 * 3072
 
 

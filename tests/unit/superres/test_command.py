@@ -1,5 +1,6 @@
 """train-superres: from captioned videos and a base run to a model that loads and enlarges."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.sampling.strategy import Strategy
 from megavideo.superres.checkpoint import load, origin_of
 from megavideo.superres.command import main
-from megavideo.superres.model import DirectSuperResolution
-from megavideo.superres.upsample import upsample
+from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
+from megavideo.superres.upsample import refine, upsample
 from tests.unit.superres.samples import write_base, write_clips, write_tokenizers
 
 
@@ -40,8 +41,11 @@ def train(folder: Path, out: str, *options: str) -> str:
 
 
 def test_a_trained_model_enlarges_a_clip_and_says_what_it_was_made_with(folder: Path) -> None:
-    output = train(folder, "model", f"--preview={folder / 'preview.png'}")
-    assert "tokens right" in output
+    files = [f"--preview={folder / 'preview.png'}", f"--json={folder / 'score.json'}"]
+    output = train(folder, "model", *files)
+    score = json.loads((folder / "score.json").read_text())
+    assert 0 <= score["accuracy"] < 1 and 0 < score["commonest"] < 1 < score["loss"]
+    assert f"{score['frames']} held-out frames: loss {score['loss']:.3f}" in output
     assert Image.open(folder / "preview.png").height > 3 * 48
     image = ImageTokenizer.load(folder / "image.safetensors")
     text = TextTokenizer(folder / "text.model", image.num_codes)
@@ -57,6 +61,15 @@ def test_a_trained_model_enlarges_a_clip_and_says_what_it_was_made_with(folder: 
     assert sorted(path.name for path in (folder / "model").iterdir()) == [
         "base", "superres.json", "weights.safetensors",
     ]  # fmt: skip
+
+
+def test_a_trained_refinement_draws_enlarged_frames_anew(folder: Path) -> None:
+    output = train(folder, "iterative", "--kind=iterative", f"--preview={folder / 'other.png'}")
+    assert "tokens right" in output
+    assert Image.open(folder / "other.png").height > 3 * 48
+    model = load(folder / "iterative")
+    assert isinstance(model, IterativeSuperResolution)
+    assert refine(model, [17, 18], torch.randint(16, (2, 36)), seed=0).shape == (2, 36)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(
