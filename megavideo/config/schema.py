@@ -4,6 +4,7 @@ A configuration is composed from YAML files, one section or more each (see load.
 ones are under `configs/`. Impossible combinations are refused here, before anything starts.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -314,6 +315,16 @@ class RunConfig(Section):
     peak_tflops: Annotated[float, Field(ge=0)] = Field(
         0.0, description="peak matrix TFLOP/s of one device, for MFU; 0 looks the GPU up by name"
     )
+
+    @model_validator(mode="after")
+    def _saves_fit(self) -> "RunConfig":
+        if self.save_every and self.keep_every % self.save_every:
+            kept = math.lcm(self.save_every, self.keep_every)
+            raise ValueError(
+                f"run.keep_every={self.keep_every} would keep only every {kept}th step, of those "
+                f"that run.save_every={self.save_every} saves; use a multiple of it"
+            )
+        return self
 
 
 class Config(Section):

@@ -141,7 +141,7 @@ def test_our_own_mistake_while_writing_is_not_hidden(
 
 
 def test_the_newest_and_every_nth_are_kept(world: World, tmp_path: Path) -> None:
-    engine, saver = trained(tmp_path, world, steps=0, keep_last=1, keep_every=2)
+    engine, saver = trained(tmp_path, world, steps=0, save_every=1, keep_last=1, keep_every=2)
     for _ in range(5):
         engine.train_batch(micro_batches(engine.progress.consumed_samples))
         saver.save()

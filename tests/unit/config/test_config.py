@@ -63,6 +63,10 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("model.text_slots=17", "model.text_slots=17 overlaps model.image_position=16"),
         ("model.pad=500", "model.pad=500 is outside the vocabulary"),
         ("run.evaluate_every=5", "run.evaluate_every=5 needs data.validation"),
+        (
+            "run.keep_every=1500",
+            r"only every 3000th step, .* run.save_every=1000 saves; use a mult",
+        ),
         ("steps=5", "write section.key=value"),
         ("recipe.steps", "write section.key=value"),
         ("recipe.steps.more=1", "recipe.steps is a value|steps is a value"),
