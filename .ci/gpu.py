@@ -61,7 +61,7 @@ class Outcome:
     failed: bool
 
 
-def parts(output: Path, sanitizer: str | None, gpus: int) -> list[Part]:
+def parts(output: Path, sanitizer: str | None) -> list[Part]:
     """In the order in which they run; `sanitizer` is the path of compute-sanitizer, if any."""
     python = (sys.executable,)
     megavideo = (*python, "-m", "megavideo")
@@ -96,7 +96,6 @@ def parts(output: Path, sanitizer: str | None, gpus: int) -> list[Part]:
             "calibrate",
             (*megavideo, "calibrate", "--output", str(output / "hardware.yaml")),
             40,
-            missing="" if gpus > 1 else "it measures the link between GPUs, and there is one GPU",
         ),
     ]  # fmt: skip
 
@@ -175,7 +174,7 @@ def main() -> int:
     arguments = parser.parse_args()
     output = arguments.output.absolute()
     if arguments.dry_run:
-        print("\n".join(shown(part) for part in parts(output, "compute-sanitizer", gpus=2)))
+        print("\n".join(shown(part) for part in parts(output, "compute-sanitizer")))
         return 0
 
     import torch  # Takes seconds, and a dry run does not need it.
@@ -188,7 +187,7 @@ def main() -> int:
         )
         return 2
     output.mkdir(parents=True, exist_ok=True)
-    todo = parts(output, find_sanitizer(), torch.cuda.device_count())
+    todo = parts(output, find_sanitizer())
     outcomes: list[Outcome] = []
     for outcome in run_all(todo, output):  # Written each time: who stops early has the rest.
         outcomes.append(outcome)

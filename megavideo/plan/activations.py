@@ -142,9 +142,11 @@ class Ledger:
         kept = packed + of_text + statistics + (out if trained else 0)
         if self.attention == "library":
             return kept + (0 if trained else out)
+        copied = 0 if text_stays else of_text
         if self.attention == "sdpa":
-            copied = 0 if text_stays else of_text
             return kept + self._sdpa(rule) + out - copied - packed
+        if self.attention == "flex":  # read off ops/flex.py: it has no backward pass on a CPU
+            return kept + 2 * self._states(text + image, self.tp) + out - copied
         return kept
 
     def _sdpa(self, rule: Rule) -> int:

@@ -56,7 +56,7 @@ class Hardware(Section):
     kind: Literal["gpu", "cpu"] = Field(
         description="a gpu computes while programs run ahead; on a cpu both take turns"
     )
-    attention: Literal["library", "sdpa", "reference"] = Field(
+    attention: Literal["library", "flex", "sdpa", "reference"] = Field(
         description="attention backend that is assumed (megavideo/ops/backends.py)"
     )
     memory_gib: Positive = Field(description="of a device")

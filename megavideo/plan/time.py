@@ -14,17 +14,14 @@ from typing import Literal
 
 from megavideo.config.schema import Config, ModelConfig
 from megavideo.layout.rules import loss_frames
-from megavideo.layout.tiles import Attention
 from megavideo.model.build import stage_grid
+from megavideo.model.execution import TILES
 from megavideo.model.flops import Execution, block_work, cached_table
 from megavideo.model.recompute import SPANS, Sublayer, computed_again
 from megavideo.plan.activations import ELEMENT_BYTES
 from megavideo.plan.hardware import Hardware, Link, Rate
 from megavideo.plan.memory import layer_parameters
 from megavideo.plan.runs import stages_of
-
-# How the attention backend of a profile goes over the pairs (layout/tiles.py).
-TILES: dict[str, Attention] = {"library": "library", "sdpa": "blocks", "reference": "blocks"}
 
 Direction = Literal["forward", "backward"]
 

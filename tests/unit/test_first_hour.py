@@ -108,7 +108,7 @@ def test_the_status_says_whether_any_part_failed(
     program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, status: int
 ) -> None:
     todo = [program.Part(name, (sys.executable, "-c", code), 1.0) for name in ("one", "two")]
-    monkeypatch.setattr(program, "parts", lambda output, sanitizer, gpus: todo)
+    monkeypatch.setattr(program, "parts", lambda output, sanitizer: todo)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "out")])

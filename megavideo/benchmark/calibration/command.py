@@ -31,6 +31,8 @@ from megavideo.plan.hardware import Hardware, Link, load_hardware
 
 Figures = dict[str, Any]
 DEADLINE_S = 900.0
+# Where nothing can be measured: an adapter of 200 Gbit/s.
+ASSUMED_LINK = {"latency_us": 20.0, "gb_per_s": 25.0}
 
 
 @click.command()
@@ -39,7 +41,7 @@ DEADLINE_S = 900.0
     help="Profile to write, as configs/hardware/here.yaml; its disk is measured too.",
 )  # fmt: skip
 @click.option(
-    "--processes", type=click.IntRange(2),
+    "--processes", type=click.IntRange(1),
     help="Processes that compute at the same time; by default one a GPU, or two without GPUs.",
 )  # fmt: skip
 @click.option(
@@ -52,7 +54,8 @@ def main(output: Path, processes: int | None, precisions: tuple[str, ...], round
     program's own time, collectives between processes, and the disk.
 
     All processes measure at the same time, as they train. The network between nodes cannot be
-    measured from one: it is written as fast as the link inside the node, to be edited.
+    measured from one: it is written as fast as the link inside the node, to be edited. One process
+    measures no link: the profile then has an assumed one.
 
     \b
     Example:
@@ -61,7 +64,7 @@ def main(output: Path, processes: int | None, precisions: tuple[str, ...], round
           --gpus 2 --gpu configs/hardware/here.yaml
     """
     gpus = torch.cuda.device_count()
-    count = processes or max(2, gpus)
+    count = processes or gpus or 2
     wanted = precisions or (("bf16",) if gpus else ("fp32",))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
@@ -77,6 +80,12 @@ def main(output: Path, processes: int | None, precisions: tuple[str, ...], round
         file.write(_yaml(profile).encode())
     load_hardware(str(output))
     log.info("wrote %s", output)
+    if count == 1:
+        log.warning(
+            "one process measures no link: node_link and network of %s are assumed (%s); edit them "
+            "before planning for more than one device",
+            *(output, _link(profile.node_link)),
+        )
     click.echo(_summary(profile))
 
 
@@ -92,7 +101,7 @@ def _measure(rank: int, folder: Path, disk: str, precisions: tuple[str, ...], ro
         "attention": attention,
         "pointwise": pointwise_rates(sizes, dtype, device, rounds),
         "overhead": measure_overhead(world, folder / "run", rounds),
-        "link": measure_link(world.mesh.dp, device, rounds),
+        "link": measure_link(world.mesh.dp, device, rounds) if world.size > 1 else ASSUMED_LINK,
     }
     dist.barrier()
     if rank == 0:
@@ -151,6 +160,11 @@ def _yaml(profile: Hardware) -> str:
     return (
         "# Measured by megavideo calibrate; what the fields mean: megavideo/plan/hardware.py.\n"
         "# peak_tflops is the fastest product measured; network is a copy of node_link: edit it.\n"
+        + (
+            "# One process ran: node_link is assumed too.\n"
+            if profile.devices_per_node == 1
+            else ""
+        )
         + stream.getvalue()
     )
 

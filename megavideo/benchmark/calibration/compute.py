@@ -12,7 +12,7 @@ from megavideo.benchmark.calibration.clock import Call, seconds_of
 from megavideo.layout.grid import Grid
 from megavideo.layout.rules import spatial_rule, temporal_rule
 from megavideo.layout.tiles import attention_products
-from megavideo.model.execution import program
+from megavideo.model.execution import TILES
 from megavideo.ops.backends import choose
 from megavideo.ops.local_attention import local_attention
 from megavideo.plan.time import BACKWARD_STATES, FORWARD_STATES, LOGIT_BYTES
@@ -93,7 +93,7 @@ def attention_rates(
     length = torch.full((sizes.batch,), grid.text, device=device)
     backends = [choose(device.type, dtype, size, False, rule.family) for rule in rules]
     done = [
-        attention_products(rule, grid.text, program(backend), size, True)
+        attention_products(rule, grid.text, TILES[backend], size, True)
         for rule, backend in zip(rules, backends, strict=True)
     ]
     scale = 2e-12 * size * heads * sizes.batch

@@ -95,6 +95,17 @@ def test_a_calibration_is_a_profile_that_a_plan_reads(
     assert 0 < found.step_s < 10 and found.parts["reduction"] > 0
 
 
+def test_one_process_says_that_its_links_are_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "run_world", measured_here)
+    output = tmp_path / "here.yaml"
+    result = CliRunner().invoke(command.main, ["--output", str(output), "--processes", "1"])
+    assert result.exit_code == 0 and "1 at once" in result.output
+    assert "are assumed (all-reduce" in caplog.text
+    assert "node_link is assumed" in output.read_text()
+
+
 def test_other_programs_do_not_count_on_a_cpu() -> None:
     found = seconds_of({"sleep": lambda: time.sleep(0.01)}, CPU, 2)
     assert found["sleep"] < 0.005
