@@ -1,12 +1,15 @@
 """Metrics of a run: one JSON line a row in RUN/metrics.jsonl, and the same in RUN/tensorboard."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megavideo.files import atomic_write
+from megavideo.log import log
 
 FILE = "metrics.jsonl"
 Row = dict[str, float]
@@ -25,20 +28,41 @@ class Metrics:
         path = run / FILE
         if path.exists():
             _keep_until(path, step)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, row: Row) -> None:
-        """Append `row`, which took place at `step`."""
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+        """Append `row`, which took place at `step`.
+
+        A disk without room costs rows, not the run: those of the file are written once there is
+        room again, those of TensorBoard are not.
+        """
+        self._pending += json.dumps({"step": step, **row}).encode() + b"\n"
+        with _told(f"metrics of step {step}"):
+            self._write_pending()
+        with _told(f"TensorBoard's values of step {step}"):
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
-        self._file.close()
-        self._board.close()
+        with _told("the last metrics"), self._file:
+            self._write_pending()
+        with _told("TensorBoard's last values"):
+            self._board.close()
+
+    def _write_pending(self) -> None:
+        """All or nothing: half a line would spoil the file."""
+        end = os.fstat(self._file.fileno()).st_size
+        left = memoryview(self._pending)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._pending = b""
 
 
 def by_frame(name: str, frames: Sequence[int], losses: Sequence[float]) -> Row:
@@ -49,6 +73,15 @@ def by_frame(name: str, frames: Sequence[int], losses: Sequence[float]) -> Row:
 def read_rows(run: Path) -> list[Row]:
     """The rows of a run, oldest first."""
     return [json.loads(line) for line in (run / FILE).read_text().splitlines()]
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """An error of the disk is logged, and no more."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s could not be written: %s", what, error)
 
 
 def _keep_until(path: Path, step: int) -> None:

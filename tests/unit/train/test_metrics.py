@@ -1,14 +1,18 @@
 """Rows, speeds and held-out means."""
 
+import errno
+import io
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megavideo.engine.world import World
+from megavideo.log import log
 from megavideo.train.evaluate import frame_accuracies, held_out_loss
 from megavideo.train.metrics import Metrics, read_rows
 from megavideo.train.speed import Speed, peak_tflops
@@ -27,6 +31,38 @@ def test_rows_of_steps_that_will_be_done_again_are_dropped(tmp_path: Path) -> No
     second.write(3, {"loss": 30.0})
     second.close()
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+class FullDisk(io.FileIO):
+    """Takes half of what it is given, then nothing, as long as `full`."""
+
+    full = True
+    took = False
+
+    def write(self, data: Any) -> int:
+        if self.full and self.took:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.took = self.full
+        content = bytes(data)
+        return super().write(content[: len(content) // 2 if self.full else None]) or 0
+
+
+def test_rows_wait_until_a_full_disk_has_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, {"loss": 1.0})
+    disk = FullDisk(str(tmp_path / "metrics.jsonl"), "ab")
+    metrics._file = disk
+    log.propagate = True
+    for step in (2, 3):
+        metrics.write(step, {"loss": float(step)})
+        assert [row["step"] for row in read_rows(tmp_path)] == [1], "and no half of a line"
+    assert "metrics of step 2 could not be written: [Errno 28]" in caplog.text
+    disk.full = False
+    metrics.write(4, {"loss": 4.0})
+    metrics.close()
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_mfu_is_left_out_where_the_peak_is_unknown(tmp_path: Path) -> None:
