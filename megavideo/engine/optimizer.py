@@ -36,7 +36,13 @@ def decays(name: str) -> bool:
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW (NVIDIA apex's where GPU and apex are there, else torch's fused one), or plain SGD."""
+    """AdamW (NVIDIA apex's where GPU and apex are there, else torch's fused one), or plain SGD.
+
+    DeepSpeed's FusedAdam is not tried: all three are one multi-tensor pass that reads gradient,
+    weight and both moments and writes all but the gradient, 28 bytes an element, and DeepSpeed's is
+    compiled by nvcc when training starts. For state in host memory neither is its CPU Adam, which
+    is compiled then, too: torch's fused one also runs on a CPU.
+    """
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     fused_adam = _apex_adam() if device.type == "cuda" else None

@@ -6,7 +6,7 @@ Parameters are counted one by one, each cut as its layer says; activations tenso
                  gradients                              optimizer (AdamW), over its dp ranks
     fp32, ZeRO 0   4 g                                    8 whole
     fp32, ZeRO 1   4 g                                    4 master + 8, cut
-    bf16, ZeRO 1   4 g accumulated, and 2 of a backward   4 master + 8, cut
+    bf16, ZeRO 1   4 g accumulated, and 2 of a backward   4 master + 8, cut   (BF16_Optimizer)
     fp16, ZeRO 1   2 g                                    4 master + 8, cut
     ZeRO 2         accumulated, cut; one bucket           4 master + 8, cut
     ZeRO 3         as ZeRO 2; weights cut too, frozen ones included
@@ -29,6 +29,9 @@ from megavideo.plan.schedule import in_flight, most_in_flight, short_of
 
 # DeepSpeed's default stage3_prefetch_bucket_size, in elements: gathered ahead of their use.
 PREFETCH = 50_000_000
+# Elements up to which BF16_Optimizer copies its fp32 gradients into one tensor to reduce them; a
+# larger group of parameters is reduced where it is. DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE.
+COPIED_TO_REDUCE = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Memory:
         optimizer: master weights and moments.
         buffers: the head's copy of the word table, reduction buckets, gathered weights.
         activations: kept for backward passes to come, of all micro-batches in flight.
-        working: the most that one layer's backward needs beside them, or one backward's gradients.
+        working: the most that one layer's backward needs beside them and, from a step's second
+            micro-batch on, the bf16 gradients of the one before; or what the reduction needs more,
+            when activations are gone.
         reserve: the device's context, communication buffers and fragmentation.
     """
 
@@ -126,13 +131,18 @@ def _of_stage(
     reserve: int,
 ) -> Memory:
     frozen, trained = sum(held.frozen for held in own), sum(held.trained for held in own)
+    one_backward = _gradients_of_one_backward(config, trained)
+    accumulates = config.recipe.batch > config.recipe.micro_batch * dp
     return Memory(
         parameters=_parameters(config, dp, frozen + trained),
         gradients=_gradients(config, dp, trained),
         optimizer=_optimizer(config, dp, trained),
         buffers=_buffers(config, own, rank),
         activations=activations,
-        working=max(working, _gradients_of_one_backward(config, trained)),
+        working=max(
+            working + (one_backward if accumulates else 0),
+            one_backward + _copied_to_reduce(config, trained) - activations,
+        ),
         reserve=reserve,
     )
 
@@ -148,10 +158,18 @@ def _gradients(config: Config, dp: int, trained: int) -> int:
     return -(-trained // dp) * size if zero >= 2 else trained * size
 
 
+def _adds_up_apart(config: Config) -> bool:
+    """Whether bf16 gradients stand beside the fp32 ones that they are added to: BF16_Optimizer."""
+    return config.recipe.precision == "bf16" and config.parallel.zero < 2
+
+
 def _gradients_of_one_backward(config: Config, trained: int) -> int:
-    """What autograd leaves beside the accumulated gradients until a micro-batch ends."""
-    cut = config.parallel.zero >= 2
-    return 2 * trained if config.recipe.precision == "bf16" and not cut else 0
+    """What autograd leaves beside the accumulated gradients, until the step ends."""
+    return 2 * trained if _adds_up_apart(config) else 0
+
+
+def _copied_to_reduce(config: Config, trained: int) -> int:
+    return 4 * trained if _adds_up_apart(config) and trained <= COPIED_TO_REDUCE else 0
 
 
 def _optimizer(config: Config, dp: int, trained: int) -> int:
@@ -166,7 +184,8 @@ def _buffers(config: Config, own: Sequence[Held], rank: int) -> int:
     model, parallel = config.model, config.parallel
     size = ELEMENT_BYTES[config.recipe.precision]
     trained = sum(layer.trained for layer in own)
-    bucket = min(parallel.reduce_bucket, trained) * size if parallel.zero >= 1 else 0
+    has_buckets = parallel.zero >= 1 and not _adds_up_apart(config)
+    bucket = min(parallel.reduce_bucket, trained) * size if has_buckets else 0
     if parallel.zero == 3:
         widest = max(layer.frozen + layer.trained for layer in own)
         bucket += (widest + min(PREFETCH, sum(h.frozen + h.trained for h in own))) * size
