@@ -65,9 +65,9 @@ def layouts(default: str) -> Option:
     """Names that `config.layout_names.parse_layout` reads, between blanks."""
     return click.option(
         "--layouts", default=default, show_default=True,
-        help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp offload recompute (or "
-        "recompute-attention, -mlp, -none), joined by '-'. What a name leaves out is as the "
-        "configuration has it; sizes are 1.",
+        help="Names: any of ppN tpN dpN vpN (chunks a stage) zeroN sp offload compile "
+        "recompute (or recompute-attention, -mlp, -none), joined by '-'. What a name leaves out is "
+        "as the configuration has it; sizes are 1.",
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "model": {"config", "layout", "ops", "parallel"},
     "data": {"config", "layout"},
     "checkpoint": {"config", "model", "parallel"},
-    "engine": {"config", "layout", "model", "parallel", "checkpoint", "data"},
+    "engine": {"config", "layout", "ops", "model", "parallel", "checkpoint", "data"},
     "train": {"config", "layout", "model", "data", "checkpoint", "engine"},
     "launch": {"cli"},
     "doctor": {"config", "ops", "model", "data", "engine"},

@@ -23,7 +23,7 @@ from megavideo.model.attention import Channel, DualAttention
 from megavideo.model.block import Block
 from megavideo.model.embed import Embedding
 from megavideo.model.head import Head, TiedRows
-from megavideo.model.layers import Streams
+from megavideo.model.layers import Streams, eager
 
 MASKED = 10000.0
 RELAX = 16.0  # scores are computed this much smaller, and brought back below their maximum
@@ -44,12 +44,13 @@ def check_published(config: Config) -> None:
 
 @contextmanager
 def published(module: nn.Module) -> Iterator[None]:
-    """While inside, `module`'s layers compute as published, on the same parameters."""
+    """While inside, `module`'s layers compute as published, on the same parameters, op by op."""
     layers = [layer for layer in module.modules() if type(layer) in _VARIANTS]
     for layer in layers:
         layer.__class__ = _VARIANTS[type(layer)]
     try:
-        yield
+        with eager(module):
+            yield
     finally:
         for layer in layers:
             layer.__class__ = type(layer).__bases__[0]
@@ -150,17 +151,13 @@ def _groups(rule: Rule, device: torch.device) -> tuple[Tensor, Tensor]:
 class PublishedBlock(Block):
     """One stream through attention and MLP."""
 
-    def _attention_half(self, streams: Sequence[Tensor], text_length: Tensor) -> list[Tensor]:
-        text, image = streams
-        attention = self.attention
-        assert isinstance(attention, PublishedAttention)
-        new = attention.whole(self.input_norm(image), text_length)
-        return [text, image + self.attention_norm(new)]
+    def _taken(self, text: Tensor, image: Tensor) -> list[Tensor]:
+        return [image]  # with text in it; the other is there to say how long that is
 
-    def _mlp_half(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        text, image = streams
-        (new,) = self.mlp(self.mlp_norm(image))
-        return [text, image + self.mlp_output_norm(new)]
+    def _attend(self, streams: Sequence[Tensor], text_length: Tensor) -> Sequence[Tensor]:
+        (states,) = streams
+        assert isinstance(self.attention, PublishedAttention)
+        return [self.attention.whole(self.input_norm(states), text_length)]
 
 
 class PublishedHead(Head):

@@ -6,7 +6,7 @@ which every phase is awaited (engine/phases.py), and says shares.
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,13 @@ from megavideo.engine.world import World
 from megavideo.log import log
 from megavideo.model.build import stage_grid
 from megavideo.model.flops import training_flops
+from megavideo.model.layers import eager
 from megavideo.model.partition import ideal_bubble
 from megavideo.model.published_flops import published_work
 from megavideo.train.speed import Speed, peak_memory_gib, peak_tflops
 from megavideo.verify.made_up import micro_batches
 
-OURS, PUBLISHED = "megavideo", "published"
+OURS, EAGER, PUBLISHED = "megavideo", "eager", "published"
 PHASES = ("data", "forward", "backward", "reduction", "optimizer", "pipeline", "other")
 Row = dict[str, Any]
 
@@ -66,7 +67,7 @@ class Peak:
 
 
 class Steps:
-    """Training steps of one engine, as ours or as published."""
+    """Training steps of one engine: ours, with nothing compiled, or as published."""
 
     def __init__(self, engine: Engine, batches: Iterator[Batch]):
         self.engine = engine
@@ -88,7 +89,9 @@ class Steps:
             return time.perf_counter() - started
 
     def _as(self, contender: str) -> AbstractContextManager[None]:
-        return published(self.engine.module) if contender == PUBLISHED else nullcontext()
+        if contender == OURS:
+            return nullcontext()
+        return (published if contender == PUBLISHED else eager)(self.engine.module)
 
 
 def made_up_batches(config: Config, world: World) -> Iterator[Batch]:
@@ -105,14 +108,18 @@ def build(config: Config, world: World, data: str) -> Engine:
 
 
 def measure(
-    config: Config, engine: Engine, batches: Iterator[Batch], window: Window, against: bool = False
+    config: Config,
+    engine: Engine,
+    batches: Iterator[Batch],
+    window: Window,
+    against: Sequence[str] = (),
 ) -> list[Row]:
-    """A row for each contender: ours, and the published step where it is asked for.
+    """A row for each contender: ours, and those `against` which it is measured.
 
     Their steps alternate, on one engine, so that what changes with time changes for both. All ranks
     must call it; each gets all rows.
     """
-    names = [OURS, PUBLISHED] if against else [OURS]
+    names = [OURS, *dict.fromkeys(against)]
     steps = Steps(engine, batches)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     processor: dict[str, list[float]] = {name: [] for name in names}
@@ -128,10 +135,26 @@ def measure(
     splits = _split(steps, names, window.split)
     peak = Peak.find(config, engine.world)
     return [
-        row(config, engine.world, name, peak, seconds[name], memory[name], splits[name])
+        row(
+            as_run(config, name),
+            engine.world,
+            name,
+            peak,
+            seconds[name],
+            memory[name],
+            splits[name],
+        )
         | {"skipped": steps.skipped, "processor_s": busiest(engine.world, processor[name])}
         for name in names
     ]
+
+
+def as_run(config: Config, contender: str) -> Config:
+    """What `contender` runs: only ours is ever compiled."""
+    if contender == OURS:
+        return config
+    parallel = config.parallel.model_copy(update={"compile": False})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def busiest(world: World, seconds: list[float]) -> float:

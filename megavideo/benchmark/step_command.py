@@ -13,6 +13,8 @@ from megavideo import options
 from megavideo.benchmark.published import check_published
 from megavideo.benchmark.results import Row, write_results
 from megavideo.benchmark.step import (
+    EAGER,
+    PUBLISHED,
     Steps,
     Window,
     build,
@@ -69,8 +71,9 @@ def window_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Micro-batches of a step; recipe.batch follows from it. By default recipe.batch counts.",
 )  # fmt: skip
 @click.option(
-    "--against", type=click.Choice(["published"]),
-    help="Also run the published dense-masked step on the same parameters, in turn.",
+    "--against", multiple=True, type=click.Choice([PUBLISHED, EAGER]),
+    help="Also run, in turn and on the same parameters, the published dense-masked step, or ours "
+    "without parallel.compile. Can be given twice.",
 )  # fmt: skip
 @click.option("--trace", "traced", is_flag=True, help="Write torch's profile of one more step.")
 @click.option(
@@ -102,7 +105,7 @@ def main(
     split_steps: int,
     synthetic: bool,
     accumulate: int | None,
-    against: str | None,
+    against: tuple[str, ...],
     traced: bool,
     memory_snapshot: bool,
     find_micro_batch: bool,
@@ -126,6 +129,10 @@ def main(
     given = (*UNUSED, *assignments) if synthetic else assignments
     config = load_config(files, [*given, *ALWAYS])
     window = Window(warmup, steps, split_steps)
+    if EAGER in against and not config.parallel.compile:
+        raise ValueError(
+            "--against eager compares with parallel.compile=true; add --set parallel.compile=true"
+        )
     if memory_snapshot and not torch.cuda.is_available():
         raise ValueError("--memory-snapshot records a GPU's allocator, and there is no GPU here")
     if find_micro_batch:
@@ -135,7 +142,7 @@ def main(
         return
     world = join_world(config.run.timeout_minutes, config.parallel)
     config = accumulated(config, accumulate, world.mesh.dp.size)
-    if against:
+    if PUBLISHED in against:
         world.from_rank_zero(lambda: check_published(config))
     rows = _measure(config, world, window, synthetic, against, traced, memory_snapshot, output)
     if world.rank == 0:
@@ -156,7 +163,7 @@ def _measure(
     world: World,
     window: Window,
     synthetic: bool,
-    against: str | None,
+    against: tuple[str, ...],
     traced: bool,
     memory_snapshot: bool,
     output: Path,
@@ -166,7 +173,7 @@ def _measure(
         output.mkdir(parents=True, exist_ok=True)
     with closing(batches):  # type: ignore[type-var]  # a generator: closing it stops its threads
         try:
-            rows = measure(config, engine, batches, window, against is not None)
+            rows = measure(config, engine, batches, window, against)
         except torch.OutOfMemoryError as error:
             raise click.ClickException(
                 f"out of memory on rank {world.rank}: lower recipe.micro_batch="

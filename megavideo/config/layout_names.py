@@ -14,6 +14,7 @@ SWITCHES: dict[str, tuple[str, bool | str]] = {
     "recompute-mlp": ("recompute", "mlp"),
     "recompute-none": ("recompute", "none"),
     "offload": ("offload_optimizer", True),
+    "compile": ("compile", True),
 }
 # Where a name ends a part: not inside one of those that have a dash themselves.
 DASH = re.compile(r"-(?!(?:attention|mlp|none)(?:-|$))")
@@ -67,7 +68,8 @@ def layout_name(parallel: ParallelConfig, dp: int) -> str:
     parts += ["sp"] if parallel.sequence_parallel else []
     parts += [f"zero{parallel.zero}"]
     parts += [_RECOMPUTE[parallel.recompute]] if parallel.recompute != "none" else []
-    return "-".join([*parts, *(["offload"] if parallel.offload_optimizer else [])])
+    parts += ["offload"] if parallel.offload_optimizer else []
+    return "-".join([*parts, *(["compile"] if parallel.compile else [])])
 
 
 _RECOMPUTE = {value: word for word, (key, value) in SWITCHES.items() if key == "recompute"}

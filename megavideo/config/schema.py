@@ -229,6 +229,12 @@ class ParallelConfig(Section):
         description="activation checkpointing: what of each layer the backward pass computes again "
         "instead of keeping it; mlp and attention are its halves, each with its two norms",
     )
+    compile: bool = Field(
+        False,
+        description="fuse each layer's residual sums with the LayerNorms beside them, and the "
+        "mixture's passes, by torch.compile, in training; off by default, since its speed on a GPU "
+        "has not been measured",
+    )
     reduce_bucket: Count = Field(
         100_000_000,
         description="elements per gradient-reduction bucket; with ZeRO 0, and with 1 in bf16, "

@@ -30,9 +30,11 @@ from megavideo.engine.weights import DTYPES, checkpoint_weights, start_weights
 from megavideo.engine.world import World
 from megavideo.log import log
 from megavideo.model.build import canonical_parameters
+from megavideo.model.layers import use_pointwise
 from megavideo.model.partition import ideal_bubble
 from megavideo.model.places import copies
 from megavideo.model.trainable import check_trainable
+from megavideo.ops.pointwise import check_compiler, compiled
 
 # Settings that a run keeps, beside the model's: no shape tells that they have changed.
 OF_THE_RUN = ("recipe.stage", "recipe.window", "recipe.optimizer.name")
@@ -50,10 +52,14 @@ def build_engine(config: Config, world: World, data: str, keep_base: bool = True
         ValueError: if layout, checkpoint, base or data do not fit; before any training.
     """
     world.from_rank_zero(lambda: check_layout(config, world.mesh.dp.size))
+    if config.parallel.compile:
+        world.together(lambda: check_compiler(world.device))
     checkpoint = find_resume(config, data, world)
     training = read_training(checkpoint) if checkpoint else None
     home_class: type[Home] = PipelineHome if config.parallel.pp > 1 else SingleStageHome
     model = home_class.new_model(config, world)
+    if config.parallel.compile:
+        use_pointwise(model, compiled())
     parameters = canonical_parameters(model)
     if checkpoint:
         world.together(lambda: checkpoint_weights(model, config, checkpoint))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavideo.layout.rules import Rule, text_visible
+from megavideo.model.layers import Fusing
 from megavideo.ops.local_attention import local_attention
 from megavideo.parallel.linear import ColumnLinear, RowLinear
 from megavideo.parallel.mesh import Axis
@@ -85,7 +86,7 @@ class Channel(nn.Module):
         return packed.unflatten(-1, (parts, self.heads, -1))
 
 
-class DualAttention(nn.Module):
+class DualAttention(Fusing):
     """Both channels and their mixture; without a temporal rule, the spatial channel alone."""
 
     def __init__(
@@ -127,7 +128,7 @@ class DualAttention(nn.Module):
             text_kv = self.temporal.text_kv(texts[0]) if texts else None
             context = self.temporal.image_context(image, text_kv, text_length)
             temporal = self.temporal.dense(context, temporal_bias)
-            new_image = torch.lerp(temporal, new_image, mixture.sigmoid())
+            new_image = self.pointwise.mix(new_image, temporal, mixture.sigmoid())
         return self.region.leave([*new, new_image])
 
     def _replicated(self) -> list[Tensor]:

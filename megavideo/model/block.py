@@ -7,18 +7,18 @@ x = x + mlp_output_norm(mlp(mlp_norm(x)))
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megavideo.config.schema import Recompute
 from megavideo.layout.rules import Rule
 from megavideo.model.attention import DualAttention
-from megavideo.model.layers import MLP, LayerNorm, Streams
+from megavideo.model.layers import MLP, Fusing, LayerNorm, Streams
 from megavideo.model.recompute import SPANS, Sublayer
 from megavideo.parallel.region import Region
 
 
-class Block(nn.Module):
+class Block(Fusing):
     """Layer `index`: text attends to text, image slots to text and to what the rules show them.
 
     Both streams are computed together, so that over tensor-parallel ranks attention and MLP cost
@@ -49,6 +49,7 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(hidden, norm_eps, region)
         self.mlp = MLP(hidden, hidden_dropout, region)
         self.mlp_output_norm = LayerNorm(hidden, norm_eps, region)
+        self.norm_eps = norm_eps
         self.spans = SPANS[recompute]
 
     def forward(self, streams: Streams) -> Streams:
@@ -62,18 +63,39 @@ class Block(nn.Module):
     def _through(
         self, sublayers: Sequence[Sublayer], text: Tensor, image: Tensor, text_length: Tensor
     ) -> Streams:
-        streams = [text, image] if text.shape[1] else [image]  # a step of generation has no text
-        for sublayer in sublayers:
-            if sublayer == "attention":
-                streams = self._attention_half(streams, text_length)
+        streams, normed = self._taken(text, image), None
+        if "attention" in sublayers:
+            attention = self._attend(streams, text_length)
+            if "mlp" in sublayers:
+                streams, normed = self._added_and_normed(streams, attention)
             else:
-                streams = self._mlp_half(streams)
-        return streams[0] if text.shape[1] else text, streams[-1], text_length
+                streams = self._added(streams, attention, self.attention_norm)
+        if "mlp" in sublayers:
+            mlp = self.mlp(*(normed or [self.mlp_norm(x) for x in streams]))
+            streams = self._added(streams, mlp, self.mlp_output_norm)
+        return streams[0] if len(streams) > 1 else text, streams[-1], text_length
 
-    def _attention_half(self, streams: Sequence[Tensor], text_length: Tensor) -> list[Tensor]:
-        attention = self.attention([self.input_norm(x) for x in streams], text_length)
-        return [x + self.attention_norm(a) for x, a in zip(streams, attention, strict=True)]
+    def _taken(self, text: Tensor, image: Tensor) -> list[Tensor]:
+        """The streams that pass this layer."""
+        return [text, image] if text.shape[1] else [image]  # a step of generation has no text
 
-    def _mlp_half(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        mlp = self.mlp(*(self.mlp_norm(x) for x in streams))
-        return [x + self.mlp_output_norm(m) for x, m in zip(streams, mlp, strict=True)]
+    def _attend(self, streams: Sequence[Tensor], text_length: Tensor) -> Sequence[Tensor]:
+        return self.attention([self.input_norm(x) for x in streams], text_length)
+
+    def _added(
+        self, streams: Sequence[Tensor], branches: Sequence[Tensor], norm: LayerNorm
+    ) -> list[Tensor]:
+        """Each stream with what its branch, normed, brings."""
+        affine, pairs = norm.affine(), zip(streams, branches, strict=True)
+        add = self.pointwise.residual_norm
+        return [add(x, branch, affine, self.norm_eps) for x, branch in pairs]
+
+    def _added_and_normed(
+        self, streams: Sequence[Tensor], attention: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The streams with what attention brings, and these normed for the MLP."""
+        norms = self.attention_norm.affine(), self.mlp_norm.affine()
+        add = self.pointwise.residual_norms
+        pairs = zip(streams, attention, strict=True)
+        both = [add(x, branch, *norms, self.norm_eps) for x, branch in pairs]
+        return [x for x, _ in both], [normed for _, normed in both]

@@ -4,13 +4,13 @@ Two streams run side by side. Text never looks at images, so with a frozen base 
 stream needs a gradient, and autograd finds that by itself: no weight it meets is trainable.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavideo.log import log
+from megavideo.ops.pointwise import EAGER, Affine, Pointwise, layer_norm
 from megavideo.parallel.linear import ColumnLinear, RowLinear
 from megavideo.parallel.part import new_parameter
 from megavideo.parallel.region import ALONE, Region
@@ -52,7 +52,7 @@ class Dropout(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with weight and bias; NVIDIA apex's fused one on a GPU where apex is there."""
+    """LayerNorm with weight and bias."""
 
     def __init__(self, hidden: int, eps: float, region: Region = ALONE):
         super().__init__()
@@ -62,23 +62,43 @@ class LayerNorm(nn.Module):
         self.bias = new_parameter((hidden,))
 
     def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.affine(), self.eps)
+
+    def affine(self) -> Affine:
+        """Weight and bias, for functions that compute more than this norm at once."""
         weight, bias = self.region.applied(self.weight, self.bias)
-        layer_norm = _gpu_layer_norm() if x.is_cuda else _torch_layer_norm
-        return layer_norm(x, weight, bias, self.eps)
+        return weight, bias
 
 
-@lru_cache(maxsize=1)
-def _gpu_layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+class Fusing(nn.Module):
+    """A part of a layer whose pointwise functions may be compiled.
+
+    In training only: evaluation and generation have other shapes, of which each would be compiled,
+    and at a time when nobody expects it.
+    """
+
+    compiled: Pointwise | None = None
+
+    @property
+    def pointwise(self) -> Pointwise:
+        """The functions to call."""
+        return self.compiled if self.compiled and self.training else EAGER
+
+
+def use_pointwise(container: nn.Module, compiled: Pointwise | None) -> None:
+    """Let the layers in `container` train with `compiled` functions; None: as they are."""
+    for module in container.modules():
+        if isinstance(module, Fusing):
+            module.compiled = compiled
+
+
+@contextmanager
+def eager(container: nn.Module) -> Iterator[None]:
+    """While inside, compiled functions of the layers in `container` are not used."""
+    before = {m: m.compiled for m in container.modules() if isinstance(m, Fusing)}
+    use_pointwise(container, None)
     try:
-        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
-    except ImportError:  # PyPI's package of that name has no such module either
-        log.info("LayerNorm: torch (NVIDIA apex is not installed)")
-        return _torch_layer_norm
-    log.info("LayerNorm: NVIDIA apex fused_layer_norm_affine")
-    return lambda x, weight, bias, eps: fused_layer_norm_affine(
-        x, weight, bias, tuple(weight.shape), eps
-    )
-
-
-def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+        yield
+    finally:
+        for module, compiled in before.items():
+            module.compiled = compiled

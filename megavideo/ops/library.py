@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from megavideo.log import log
+from megavideo.ops.cache import private_folder
 
 ABI = 2  # MEGAVIDEO_ABI of megavideo.h
 NAME = "libmegavideo.so"
@@ -90,7 +91,11 @@ def _digest(folder: Path) -> str:
 def _cached(folder: Path, digest: str) -> Path:
     """The build of `folder`'s sources in the user's cache, for this machine's GPUs."""
     architectures = _architectures()
-    cache = _private_folder() / f"{digest[:32]}-sm{architectures.replace(' ', '-')}"
+    try:
+        folder_of_builds = private_folder()
+    except ValueError as error:
+        raise LibraryError(str(error)) from None
+    cache = folder_of_builds / f"{digest[:32]}-sm{architectures.replace(' ', '-')}"
     library = cache / NAME
     if not library.is_file():
         nvcc = _nvcc()
@@ -115,17 +120,6 @@ def _nvcc() -> str:
             "CUDA toolkit, or run `make -C kernels` where there is one and set MEGAVIDEO_LIBRARY"
         )
     return nvcc
-
-
-def _private_folder() -> Path:
-    """A folder that only this user can write: code is loaded from it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "megavideo"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise LibraryError(f"others can write to {folder}; run `chmod go-w {folder}` as its owner")
-    return folder
 
 
 @contextmanager

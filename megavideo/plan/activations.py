@@ -117,7 +117,8 @@ class Ledger:
         if not self.base_trains:
             rule = temporal_rule(grid, recipe.stage, recipe.window, layer)
             kept += self._entered(grid.sequence) + self._attention(rule, True, text_stays)
-            kept += 2 * self._states(image)  # both channels' outputs, which the mixture weighs
+            # The mixture keeps both channels' outputs; compiled, the difference between them.
+            kept += (1 if self.parallel.compile else 2) * self._states(image)
         else:
             kept += self._entered(image)
         return kept + self._norm(self._left(image))

@@ -55,8 +55,8 @@ class Search:
 def search(config: Config, gpus: int, hardware: Hardware) -> Search:
     """Predict every legal layout of `config` on `gpus` devices.
 
-    Of `config.parallel`, reduce_bucket is kept; everything else is searched, recomputation only
-    where it lets more fit.
+    Of `config.parallel`, compile and reduce_bucket are kept; everything else is searched,
+    recomputation only where it lets more fit.
     """
     found, predictor = Search(), Predictor(hardware)
     for settings in _layouts(config, gpus):
@@ -89,6 +89,7 @@ def _layouts(config: Config, gpus: int) -> Iterator[dict[str, object]]:
                             "sequence_parallel": sequence_parallel,
                             "zero": zero,
                             "recompute": "none",
+                            "compile": config.parallel.compile,
                             "reduce_bucket": config.parallel.reduce_bucket,
                         }
 

@@ -11,6 +11,8 @@ from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.world import World
 from megavideo.model.build import stage_grid
+from megavideo.ops import pointwise
+from megavideo.ops.pointwise import compiled
 from tests.engine.support import FINGERPRINT, Golden, config, micro_batches
 
 STEPS = 3
@@ -36,6 +38,28 @@ def test_recomputing_layers_changes_nothing(zero: int, world: World, tmp_path: P
     whole = {"micro_batch": 8}
     settings = config(tmp_path, whole, SGD, {"zero": zero, "recompute": "layer"})
     assert_trains_like_golden(settings, world)
+
+
+@pytest.mark.parametrize(("stage", "zero"), [("keyframes", 3), ("image", 1)])
+def test_compiling_changes_nothing(
+    stage: str, zero: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As traced and differentiated; Inductor's code is compared in tests/unit/model."""
+    monkeypatch.setattr(pointwise, "BACKEND", "aot_eager")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compiled.cache_clear()
+    layout = {"zero": zero, "recompute": "layer", "compile": True}
+    assert_trains_like_golden(config(tmp_path, {"stage": stage}, ADAMW, layout), world)
+    compiled.cache_clear()
+
+
+def test_a_backend_that_is_not_there_ends_the_start(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "BACKEND", "nowhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"parallel\.compile=true, but torch\.compile cannot"):
+        build_engine(config(tmp_path, parallel={"compile": True}), world, FINGERPRINT)
 
 
 def test_the_base_trains_like_a_plain_loop(world: World, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from megavideo.engine.errors import RunFailed
 from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.world import World, join_world
 from megavideo.model.build import canonical_parameters
+from megavideo.ops import pointwise
 from tests.engine import support
 from tests.engine.support import FINGERPRINT, MODEL, Golden, batch_at, micro_batches
 from tests.engine.test_nonfinite import assert_leaves_no_trace
@@ -39,12 +40,13 @@ def test_two_stages_train_skip_evaluate_and_resume_like_one(tmp_path: Path) -> N
 
 
 def _on_two_stages(rank: int, folder: Path) -> None:
+    pointwise.BACKEND = "aot_eager"  # traced and differentiated, but run by torch: no compiler
     world = join_world(1.0, config(folder, {}, {}, TWO_STAGES).parallel)
     for number, (optimizer, layout) in enumerate(
         [
             (ADAMW, {"pp": 2, "zero": 0}),
             (SGD, {**TWO_STAGES, "recompute": "layer", "partition": (2, 4)}),
-            (ADAMW, {**INTERLEAVED, "recompute": "layer"}),
+            (ADAMW, {**INTERLEAVED, "recompute": "layer", "compile": True}),
         ]
     ):
         run = folder / f"parity-{number}"

@@ -18,6 +18,7 @@ from megavideo.config.load import load_config
 from megavideo.engine.errors import RunFailed
 from megavideo.engine.phases import Phases
 from megavideo.engine.world import World
+from megavideo.ops import pointwise
 from megavideo.plan.hardware import load_hardware
 from tests.engine.dataset import make_dataset
 
@@ -62,13 +63,19 @@ def assert_whole(row: dict[str, Any]) -> None:
     assert row["config"]["recipe"]["batch"] == 4
 
 
-def test_a_step_is_measured_beside_the_published_one(tmp_path: Path) -> None:
-    output = run(
-        "step", *TINY, *FEW, "--output", str(tmp_path), "--against", "published", "--trace"
-    )
-    ours, theirs = rows_of(tmp_path / "step.json")
-    assert [ours["contender"], theirs["contender"]] == ["megavideo", "published"]
-    for row in (ours, theirs):
+def test_a_step_is_measured_beside_the_published_one_and_one_that_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "BACKEND", "aot_eager")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    pointwise.compiled.cache_clear()
+    against = ["--set", "parallel.compile=true", "--against", "published", "--against", "eager"]
+    output = run("step", *TINY, *FEW, "--output", str(tmp_path), *against, "--trace")
+    pointwise.compiled.cache_clear()
+    ours, theirs, plain = rows_of(tmp_path / "step.json")
+    named = [(row["contender"], row["layout"]) for row in (ours, theirs, plain)]
+    assert named == [("megavideo", "zero1-compile"), ("published", "zero1"), ("eager", "zero1")]
+    for row in (ours, theirs, plain):
         assert_whole(row)
         assert f"{row['tokens_per_s']:,.0f}" in output
         assert row["split_s"]["pipeline"] == 0
@@ -79,7 +86,7 @@ def test_a_step_is_measured_beside_the_published_one(tmp_path: Path) -> None:
 
     file = str(tmp_path / "step.json")
     compared = run("--compare", file, file)
-    assert compared.count("| 1.000 |") == 2 * 4
+    assert compared.count("| 1.000 |") == 3 * 4
     with pytest.raises(ValueError, match="is not what a benchmark wrote"):
         run("--compare", file, str(tmp_path / "step.md"))
 
@@ -171,6 +178,8 @@ def test_a_search_doubles_until_one_fails_and_tries_half_way_back() -> None:
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"add --set parallel\.compile=true"):
+        run("step", *TINY, "--output", "never", "--against", "eager")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="there is no GPU here"):
         run("step", *TINY, "--output", "never", "--memory-snapshot")

@@ -31,7 +31,7 @@ def test_sizes_left_out_are_one_and_the_rest_is_left_to_the_configuration() -> N
         "zero1",
         "tp2-zero0-recompute",
         "pp2-tp4-dp11-vp3-sp-zero1-recompute-mlp",
-        "dp2-zero3-recompute-attention-offload",
+        "dp2-zero3-recompute-attention-offload-compile",
     ],
 )
 def test_what_is_printed_is_read_as_the_same_layout(name: str) -> None:

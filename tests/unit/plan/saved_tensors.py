@@ -12,7 +12,9 @@ from megavideo.config.schema import Config
 from megavideo.engine.objective import Objective
 from megavideo.model.build import build_model, canonical_parameters, stage_grid
 from megavideo.model.execution import DTYPES
+from megavideo.model.layers import use_pointwise
 from megavideo.model.trainable import mark_trainable
+from megavideo.ops.pointwise import compiled
 from megavideo.parallel import collectives, loss
 from megavideo.parallel.mesh import Axis, Mesh
 from megavideo.verify.made_up import batch_at
@@ -43,6 +45,8 @@ def saved_bytes(config: Config, attention: str, device: str = "meta") -> int:
             mesh,
             config.parallel.sequence_parallel,
         )
+    if config.parallel.compile:
+        use_pointwise(model, compiled())
     model = model.to(DTYPES[config.recipe.precision]).train()
     mark_trainable(canonical_parameters(model), config.recipe.stage)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
