@@ -103,7 +103,7 @@ def newest_whole(run: Path) -> Path | None:
     Raises:
         ValueError: if there are checkpoints and all are damaged.
     """
-    return first_whole(run, candidates_of(run), _problem)
+    return first_whole(run, candidates_of(run), damage)
 
 
 def first_whole(
@@ -140,6 +140,19 @@ def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
             pass
 
 
+def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What `verify_checkpoint` finds damaged or missing, None if nothing is.
+
+    Raises:
+        OSError: if the files cannot be read now, which does not make them damaged.
+    """
+    try:
+        verify_checkpoint(folder, share, shares)
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return str(error)
+    return None
+
+
 def condemned(run: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
     """Checkpoints but the newest `keep_last`, those of steps that `keep_every` divides, and the
     one that `latest` names."""
@@ -174,14 +187,6 @@ def candidates_of(run: Path) -> list[Path]:
         older = checkpoints_of(run) / LATEST
         log.warning("%s names %s, not the newest, %s", older, latest.name, everything[0].name)
     return [latest, *(folder for folder in everything if folder != latest)]
-
-
-def _problem(folder: Path) -> str | None:
-    try:
-        verify_checkpoint(folder)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
 
 
 def _named_latest(run: Path) -> Path | None:

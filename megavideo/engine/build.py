@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megavideo.checkpoint.commit import candidates_of, first_whole, verify_checkpoint
+from megavideo.checkpoint.commit import candidates_of, damage, first_whole
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import Progress, Training, read_training
 from megavideo.checkpoint.sources import find_start
@@ -120,7 +120,14 @@ def find_resume(config: Config, data: str, world: World) -> Path | None:
     """
 
     def problem(checkpoint: Path) -> str | None:
-        return world.problem(lambda: verify_checkpoint(checkpoint, world.rank, world.size))
+        mine: list[str | None] = []
+        unread = world.problem(lambda: mine.append(damage(checkpoint, world.rank, world.size)))
+        if unread is not None:
+            raise ValueError(
+                f"{checkpoint} could not be read, which does not make it damaged: {unread}; try "
+                "again, or move it away to go on from the one before"
+            )
+        return next(filter(None, world.gathered(mine[0])), None)
 
     found: list[Path | None] = []
     run = Path(config.run.directory)

@@ -1,5 +1,6 @@
 """A resumed engine is the one that was saved, bit for bit, in this layout and in others."""
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,19 @@ def test_a_damaged_checkpoint_is_redone_from_the_one_before(world: World, tmp_pa
     assert_same_state(again, engine)
     save_checkpoint(again, settings, FINGERPRINT)
     assert build_engine(settings, world, FINGERPRINT).progress.step == 2
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    saved: Config, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(folder: Path, share: int = 0, shares: int = 1) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(folder))
+
+    monkeypatch.setattr(commit, "verify_checkpoint", stale)
+    with pytest.raises(ValueError, match=r"step-00000000 could not be read, .* Stale file handle"):
+        build_engine(saved, world, FINGERPRINT)
+    with pytest.raises(OSError, match="Stale file handle"):
+        commit.newest_whole(Path(saved.run.directory))
 
 
 def test_a_damaged_another_or_missing_base_is_refused(world: World, tmp_path: Path) -> None:
@@ -228,7 +242,7 @@ def test_all_ranks_start_from_what_was_found_once(
     save_checkpoint(engine, first, FINGERPRINT)
     saved = engine.state.gather_weights()
     read: list[Path] = []
-    monkeypatch.setattr(commit, "verify_checkpoint", read.append)
+    monkeypatch.setattr(commit, "verify_checkpoint", lambda folder, *share: read.append(folder))
     origin = {"base": first.run.directory, "start_from": first.run.directory}
     second = config(tmp_path / "second", {"stage": "interpolation", "window": 2, **origin})
     build_engine(second, world, FINGERPRINT)
