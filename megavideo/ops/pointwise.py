@@ -96,6 +96,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 BACKEND = "inductor"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _NEEDED = {"cpu": "a C++ compiler (g++) and Python's headers", "cuda": "Triton and a C compiler"}
 
 
@@ -113,13 +114,24 @@ def _line(x: Tensor) -> Tensor:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Torch's default is a folder in the shared /tmp that anyone may have made first, and code is
-    # loaded from it. Triton's cache lies inside.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
+    _keep_code_private()
     result: Callable[..., Any] = torch.compile(
         function, backend=BACKEND, fullgraph=True, dynamic=False
     )
     return result
+
+
+def _keep_code_private() -> None:
+    """Have Inductor, and Triton in it, keep code in the user's cache folder, or where a user said.
+
+    Torch's default is in the shared /tmp, where anyone may have made it first, and code is loaded
+    from it. Importing DeepSpeed is enough for torch to have set that.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
+
+    default = default_cache_dir()
+    if os.environ.get(CACHE_VARIABLE, default) == default:
+        os.environ[CACHE_VARIABLE] = str(private_folder() / "inductor")
 
 
 @lru_cache(maxsize=1)
