@@ -22,6 +22,7 @@ from megavideo.layout.render import blocks, dense_mask
 from megavideo.layout.rules import Rule, encode_rule
 from megavideo.ops import library
 from megavideo.ops.backends import library_obstacle
+from megavideo.ops.cache import keep_code_private
 from megavideo.ops.flex import flex_local_attention
 from megavideo.ops.local_attention import local_attention as _registers_the_operator  # noqa: F401
 from megavideo.ops.sdpa import sdpa_local_attention
@@ -222,6 +223,7 @@ def _check_flex(problem: Problem) -> None:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
+    keep_code_private()
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megavideo.layout.rules import Rule, text_visible
+from megavideo.ops.cache import keep_code_private
 
 BLOCK = 128
 
@@ -33,6 +34,7 @@ def flex_local_attention(
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
+    keep_code_private()
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -13,7 +13,6 @@ draws the same zeros compiled or not (fused it would save 2 + 2 states, on a GPU
 that Inductor generates draws three times slower than torch).
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavideo.log import log
-from megavideo.ops.cache import private_folder
+from megavideo.ops.cache import keep_code_private
 
 Affine = tuple[Tensor, Tensor]  # weight and bias of a LayerNorm, [h] each
 
@@ -96,7 +95,6 @@ def check_compiler(device: torch.device) -> None:
 
 
 BACKEND = "inductor"
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _NEEDED = {"cpu": "a C++ compiler (g++) and Python's headers", "cuda": "Triton and a C compiler"}
 
 
@@ -114,24 +112,11 @@ def _line(x: Tensor) -> Tensor:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    _keep_code_private()
+    keep_code_private()
     result: Callable[..., Any] = torch.compile(
         function, backend=BACKEND, fullgraph=True, dynamic=False
     )
     return result
-
-
-def _keep_code_private() -> None:
-    """Have Inductor, and Triton in it, keep code in the user's cache folder, or where a user said.
-
-    Torch's default is in the shared /tmp, where anyone may have made it first, and code is loaded
-    from it. Importing DeepSpeed is enough for torch to have set that.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
-
-    default = default_cache_dir()
-    if os.environ.get(CACHE_VARIABLE, default) == default:
-        os.environ[CACHE_VARIABLE] = str(private_folder() / "inductor")
 
 
 @lru_cache(maxsize=1)
