@@ -14,9 +14,10 @@ from megavideo import options
 from megavideo.analysis.mass import KINDS, MassRecorder
 from megavideo.checkpoint.manifest import read_training
 from megavideo.checkpoint.sources import find_checkpoint
+from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
-from megavideo.data.batch import Batch, open_stream
+from megavideo.data.batch import Batch, BatchStream, open_stream
 from megavideo.engine.weights import load_model
 from megavideo.files import atomic_path, atomic_write
 from megavideo.model.attention import DualAttention
@@ -51,12 +52,20 @@ def main(run: Path, output: Path, data: str | None, samples: int, device: str) -
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} holds no checkpoint")
-    if read_training(checkpoint).stage == "image":
+    training = read_training(checkpoint)
+    if training.stage == "image":
         raise ValueError(f"{run} is a text-to-image run: it has no temporal channel to look at")
     model = load_model(config, checkpoint, torch.device(device)).float()
     layers = [module for module in model.modules() if isinstance(module, DualAttention)]
     mixtures = mixture_rows(layers)
-    masses = mass_rows(model, layers, _batches(config, data, samples), torch.device(device))
+    stream = _open_stream(config, data)
+    check_tokenizers(
+        checkpoint,
+        training.tokenizers,
+        TokenizerDigests.of(stream.making),
+        "tokenise --data with that one",
+    )
+    masses = mass_rows(model, layers, _batches(config, stream, samples), torch.device(device))
     _write_table(output / "mixture.csv", mixtures)
     _write_table(output / "attention.csv", masses)
     draw_mixture(mixtures, output / "mixture.png")
@@ -99,11 +108,14 @@ def mass_rows(
     ]
 
 
-def _batches(config: Config, data: str | None, samples: int) -> list[Batch]:
+def _open_stream(config: Config, data: str | None) -> BatchStream:
     folder = data or config.data.validation
     if folder is None:
         raise ValueError("the run has no data.validation: name shards to look at with --data")
-    stream = open_stream(config.data, config.model, config.recipe, folder)
+    return open_stream(config.data, config.model, config.recipe, folder)
+
+
+def _batches(config: Config, stream: BatchStream, samples: int) -> list[Batch]:
     micro_batch = min(samples, config.recipe.micro_batch)
     batches = stream.held_out_batches(samples, micro_batch, 0, 1)
     return [batch for batch, _ in batches]

@@ -10,6 +10,7 @@ import xxhash
 
 from megavideo.checkpoint.files import TensorEntry
 from megavideo.checkpoint.tensor_stream import TensorSpec
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.files import atomic_write
 
 MANIFEST = "manifest.json"
@@ -40,6 +41,7 @@ class Training:
         data: fingerprint of the training data and its order.
         base: digest of the frozen weights (a folder in the run's `base/`); None if none are frozen.
         loss_scaler: fp16's dynamic loss scale; None in other precisions.
+        tokenizers: that made the data; None if it was made up.
     """
 
     progress: Progress
@@ -47,6 +49,7 @@ class Training:
     data: str
     base: str | None
     loss_scaler: dict[str, float] | None
+    tokenizers: TokenizerDigests | None = None
 
     @property
     def stage(self) -> str:
@@ -168,4 +171,11 @@ def training_from_text(text: str | None) -> Training | None:
 
 
 def _training(body: dict[str, Any]) -> Training:
-    return Training(**{**body, "progress": Progress(**body["progress"])})
+    tokenizers = body.get("tokenizers")
+    return Training(
+        **{
+            **body,
+            "progress": Progress(**body["progress"]),
+            "tokenizers": None if tokenizers is None else TokenizerDigests(**tokenizers),
+        }
+    )

@@ -23,6 +23,7 @@ from megavideo.data.frames import FrameChooser, frame_chooser
 from megavideo.data.index import INDEX_FILE, SHARDS_FILE, ClipIndex, open_index
 from megavideo.data.order import Order, micro_step_positions
 from megavideo.data.prompt import Prompter
+from megavideo.data.shards import Making
 from megavideo.data.source import (
     FetchedShards,
     LocalShards,
@@ -92,6 +93,11 @@ class BatchStream:
         self.prefetch = prefetch
         self.fingerprint = fingerprint
         self.num_samples = len(samples.order)
+
+    @property
+    def making(self) -> Making:
+        """How all tokens were made."""
+        return self.samples.index.making
 
     @property
     def bad_samples(self) -> int:
@@ -194,11 +200,12 @@ def check_alike(training: BatchStream, validation: BatchStream) -> None:
 
     Everything else about them is compared with the model when they are opened.
     """
-    indices = [stream.samples.index for stream in (training, validation)]
-    of_training, of_validation = (index.making.image_tokenizer for index in indices)
+    streams = (training, validation)
+    of_training, of_validation = (stream.making.image_tokenizer for stream in streams)
+    folders = [stream.samples.index.folder for stream in streams]
     if of_training != of_validation:
         raise ValueError(
-            f"{indices[1].folder} was made by image tokenizer {of_validation}, {indices[0].folder} "
+            f"{folders[1]} was made by image tokenizer {of_validation}, {folders[0]} "
             f"by {of_training}: their tokens do not mean the same; tokenise one of them again"
         )
 

@@ -8,7 +8,8 @@ import torch
 from megavideo.checkpoint.commit import candidates_of, damage, first_whole
 from megavideo.checkpoint.formats.run import RunReader
 from megavideo.checkpoint.manifest import Progress, Training, read_training
-from megavideo.checkpoint.sources import find_start
+from megavideo.checkpoint.sources import Start, find_start
+from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
@@ -41,11 +42,18 @@ OF_THE_RUN = ("recipe.stage", "recipe.window", "recipe.optimizer.name")
 ONLY_AT_THE_START = ("recipe.base", "recipe.start_from")
 
 
-def build_engine(config: Config, world: World, data: str, keep_base: bool = True) -> Engine:
+def build_engine(
+    config: Config,
+    world: World,
+    data: str,
+    tokenizers: TokenizerDigests | None = None,
+    keep_base: bool = True,
+) -> Engine:
     """Build the model, hand it to DeepSpeed, resume the checkpoint in run.directory if it has one.
 
     Args:
         data: fingerprint of the training data and its order.
+        tokenizers: that made it; None if it is made up.
         keep_base: store frozen weights in run.directory, without which its checkpoints are no use.
 
     Raises:
@@ -64,7 +72,7 @@ def build_engine(config: Config, world: World, data: str, keep_base: bool = True
     if checkpoint:
         world.together(lambda: checkpoint_weights(model, config, checkpoint))
     else:
-        start = world.from_rank_zero(lambda: find_start(config.recipe))
+        start = world.from_rank_zero(lambda: _find_start(config.recipe, tokenizers))
         world.together(lambda: start_weights(model, config, start))
     mark_cut(parameters)
     groups = parameter_groups(parameters, config.recipe.optimizer.weight_decay)
@@ -93,6 +101,17 @@ def build_engine(config: Config, world: World, data: str, keep_base: bool = True
     dtype = DTYPES[config.recipe.precision]
     store_base(engine.frozen, frozen_tensors(config, dtype), Path(config.run.directory))
     return engine
+
+
+def _find_start(recipe: RecipeConfig, tokenizers: TokenizerDigests | None) -> Start:
+    """`find_start`, whose checkpoints must have learned from tokens of the same tokenizers."""
+    start = find_start(recipe)
+    for name, checkpoint in (("base", start.base), ("start_from", start.channel)):
+        if checkpoint is not None and tokenizers is not None:
+            remedy = f"start from another recipe.{name}, or tokenise data.train with that one"
+            theirs = read_training(checkpoint).tokenizers
+            check_tokenizers(checkpoint, theirs, tokenizers, remedy)
+    return start
 
 
 def check_layout(config: Config, dp_size: int) -> None:

@@ -23,6 +23,7 @@ from megavideo.checkpoint.commit import abandon, begin, commit, prune, temporary
 from megavideo.checkpoint.manifest import Manifest, Training
 from megavideo.checkpoint.part_file import write_part_file
 from megavideo.checkpoint.tensor_stream import file_order
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.schema import Config
 from megavideo.engine.engine import Engine
 from megavideo.engine.part_plan import planned_files, trained_tensors, without_padding
@@ -67,13 +68,17 @@ class Saver:
 
     Args:
         data: fingerprint of the training data.
+        tokenizers: that made it; None if it was made up.
     """
 
-    def __init__(self, engine: Engine, config: Config, data: str):
+    def __init__(
+        self, engine: Engine, config: Config, data: str, tokenizers: TokenizerDigests | None = None
+    ):
         self._engine = engine
         self._world = engine.world
         self._config = config
         self._data = data
+        self._tokenizers = tokenizers
         self._run = Path(config.run.directory)
         self._tensors = trained_tensors(config)
         self._files = list(planned_files(self._tensors, engine.state.names, self._world.mesh))
@@ -156,7 +161,8 @@ class Saver:
         engine = self._engine
         scaler = engine.loss_scaler and {n: getattr(engine.loss_scaler, n) for n in LOSS_SCALER}
         config = self._config.model_dump(mode="json")
-        return Training(engine.progress, config, self._data, engine.frozen.digest, scaler)
+        base = engine.frozen.digest
+        return Training(engine.progress, config, self._data, base, scaler, self._tokenizers)
 
     def _prune(self) -> None:
         settings = self._config.run
@@ -170,14 +176,16 @@ class Saver:
         return self._world.problem(lambda: function() if self._world.rank == 0 else None)
 
 
-def save_checkpoint(engine: Engine, config: Config, data: str) -> None:
+def save_checkpoint(
+    engine: Engine, config: Config, data: str, tokenizers: TokenizerDigests | None = None
+) -> None:
     """Save and wait for it. All ranks must call it.
 
     Raises:
         RunFailed: if a frozen weight changed; then nothing is written.
         OSError: if it cannot be written.
     """
-    saver = Saver(engine, config, data)
+    saver = Saver(engine, config, data, tokenizers)
     saver.save()
     saved = saver.finish()
     if saved is not None and saved.problem is not None:

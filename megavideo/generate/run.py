@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megavideo.checkpoint.manifest import MANIFEST, read_training
+from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.config.schema import Config, ParallelConfig
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.text_tokenizer import TextTokenizer
@@ -22,7 +24,7 @@ from megavideo.generate.requests import Request
 from megavideo.generate.settings import Settings
 from megavideo.log import log, progress
 from megavideo.model.execution import DTYPES
-from megavideo.superres.checkpoint import check_tokenizers
+from megavideo.superres.checkpoint import origin_of
 from megavideo.superres.upsample import direct_strategy
 
 DECODED_FRAMES = 16  # frames that the image tokenizer turns into pixels at once
@@ -95,6 +97,7 @@ class Generation:
         self.tokenizer = load_tokenizer(settings).to(world.device)
         self.stage1 = _load(settings.keyframe_stage, settings.tp, world)
         self.stage2 = _load(settings.interpolation_stage, settings.tp, world)
+        self._check_tokenizers()
         self.base = None if self.stage1 is None else base_of(self.stage1)
         self.enlarge = self._enlarger()
         self.given = self._encode(given_frames(settings, self.tokenizer)).to(world.device)
@@ -131,12 +134,23 @@ class Generation:
         assert stage is not None
         return stage.text
 
+    def _check_tokenizers(self) -> None:
+        """Whether all models read and write the tokens of these tokenizers."""
+        ours = TokenizerDigests(self._text.digest, self.tokenizer.digest)
+        settings = self.settings
+        for stage in (settings.keyframe_stage, settings.interpolation_stage):
+            if stage is not None and (stage[0] / MANIFEST).is_file():  # bare weights do not say
+                remedy = "name that one, by --text-tokenizer or --image-tokenizer"
+                check_tokenizers(stage[0], read_training(stage[0]).tokenizers, ours, remedy)
+        for folder, _ in settings.superres_stages.values():
+            origin = origin_of(folder)
+            remedy = "use that one, or train super-resolution anew"
+            check_tokenizers(folder, None if origin is None else origin.tokenizers, ours, remedy)
+
     def _enlarger(self) -> Enlarger | None:
         settings = self.settings
         if settings.superres is None:
             return None
-        for folder, _ in settings.superres_stages.values():
-            check_tokenizers(folder, self._text.digest, self.tokenizer.digest)
         precision = DTYPES[settings.any_config.recipe.precision]
         device = self.tokenizer.quantize.embed.weight.device
         strategy = direct_strategy(settings.labels, settings.superres_temperature)

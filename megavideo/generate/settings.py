@@ -219,11 +219,16 @@ class Settings:
             "temperature", "top_k", "top_p", "code_temperature", "image_suffix", "video_suffix",
             "reference_compat",
         )  # fmt: skip
-        files = ("image_tokenizer", "clusters", "first_frame", "interpolate")
+        files = {
+            "text_tokenizer": Path(self.any_config.data.text_tokenizer),
+            "image_tokenizer": self.image_tokenizer,
+            "clusters": self.clusters,
+            "first_frame": self.first_frame,
+            "interpolate": self.interpolate,
+        }
         described = {name: getattr(self, name) for name in names}
         described["rounds"] = self.doublings
-        for name in files:
-            path = getattr(self, name)
+        for name, path in files.items():
             described[name] = None if path is None else xxhash.xxh3_128_hexdigest(path.read_bytes())
         for name, (folder, _) in self.superres_stages.items():
             described[name] = folder_digest(folder, SUPERRES_MANIFEST)

@@ -19,6 +19,7 @@ from megavideo.checkpoint.files import combined_digest, tensor_entry
 from megavideo.checkpoint.formats.sat import SatReader, is_sat, read_sat
 from megavideo.checkpoint.manifest import read_sealed, write_sealed
 from megavideo.checkpoint.part_file import read_part_file, seal_of, write_part_file
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.files import atomic_path
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
@@ -35,10 +36,9 @@ Config = DirectConfig | IterativeConfig
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was trained with: digests of both tokenizers, and optimizer steps."""
+    """What a model was trained with, and for how many optimizer steps."""
 
-    text_tokenizer: str
-    image_tokenizer: str
+    tokenizers: TokenizerDigests
     steps: int
 
 
@@ -106,30 +106,12 @@ def config_of(path: Path) -> Config:
     )
 
 
-def check_tokenizers(path: Path, text: str, image: str) -> None:
-    """Whether the model in folder `path` reads and writes the tokens of these tokenizers (digests).
-
-    A published one does not say. Raises: ValueError if it was trained with others.
-    """
-    origin = origin_of(path)
-    if origin is None:
-        return
-    for kind, theirs, ours in (
-        ("text", origin.text_tokenizer, text),
-        ("image", origin.image_tokenizer, image),
-    ):
-        if theirs != ours:
-            raise ValueError(
-                f"{path} was trained with another {kind} tokenizer (digest {theirs}, not {ours}); "
-                "use that one, or train super-resolution anew"
-            )
-
-
 def origin_of(path: Path) -> Origin | None:
     """What the model in folder `path` was trained with; None for a published one."""
     if not (path / MANIFEST).is_file():
         return None
-    return Origin(**read_sealed(path / MANIFEST, FORMAT)["origin"])
+    origin = read_sealed(path / MANIFEST, FORMAT)["origin"]
+    return Origin(TokenizerDigests(**origin["tokenizers"]), origin["steps"])
 
 
 def _read_own(path: Path) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megavideo import options
-from megavideo.checkpoint.manifest import read_training
+from megavideo.checkpoint import manifest
 from megavideo.checkpoint.sources import find_checkpoint, open_base_weights
+from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.config.schema import ModelConfig
 from megavideo.data.captions import read_captions
 from megavideo.data.image_tokenizer import ImageTokenizer
@@ -128,9 +129,12 @@ def main(
     image = ImageTokenizer.load(image_tokenizer).to(device)
     image = image.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     text = TextTokenizer(text_tokenizer, image.num_codes)
-    video = _model_of(base)
+    trained = _training_of(base)
+    video = ModelConfig.model_validate(trained.config["model"])
     config = CONFIGS[kind](video, text_slots)
-    _check_tokenizers(config, image, text)
+    digests = TokenizerDigests(text.digest, image.digest)
+    _check_sizes(config, image, text)
+    check_tokenizers(base, trained.tokenizers, digests, "use that one, or another --base")
     side = video.side * image.config.compress_rate
     reading = Reading(side, FACTOR * side, fps, frames_per_video, seed)
     train, held_out = _load(captions, videos, holdout, reading, image, text, workers)
@@ -141,7 +145,7 @@ def main(
     checkpoint = out / "training.safetensors"
     train_with_checkpoints(trainer, train, checkpoint, save_every)
     score = trainer.evaluate(held_out)
-    save(out, model, Origin(text.digest, image.digest, steps))
+    save(out, model, Origin(digests, steps))
     if preview:
         write_preview(preview, trainer, image, held_out)
     if output:
@@ -185,14 +189,14 @@ def _pixels(image: ImageTokenizer, tokens: Tensor) -> np.ndarray:
     return image.decode_frames(tokens.unflatten(1, (side, side)))
 
 
-def _model_of(base: Path) -> ModelConfig:
+def _training_of(base: Path) -> manifest.Training:
     checkpoint = find_checkpoint(base)
     if checkpoint is None:
         raise ValueError(f"--base {base} is no run of `megavideo train`, which says its sizes")
-    return ModelConfig.model_validate(read_training(checkpoint).config["model"])
+    return manifest.read_training(checkpoint)
 
 
-def _check_tokenizers(config: Config, image: ImageTokenizer, text: TextTokenizer) -> None:
+def _check_sizes(config: Config, image: ImageTokenizer, text: TextTokenizer) -> None:
     if image.num_codes != config.image_codes or text.vocab_size > config.vocab_size:
         raise ValueError(
             f"the base has {config.image_codes} image codes and {config.vocab_size} tokens, the "

@@ -13,6 +13,7 @@ import click
 import torch
 
 from megavideo.checkpoint.commit import checkpoints_of, list_checkpoints
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.command import config_arguments
 from megavideo.config.deepspeed import accumulation_steps, check_schedule, check_world
 from megavideo.config.load import dump_config, load_config
@@ -181,7 +182,8 @@ def _open_run(config: Config, world: World) -> Run:
     if config.run.evaluate_every and config.data.validation is not None:
         validation = _open_stream(config, world, config.data.validation)
         world.first_on_rank_zero(partial(check_alike, training, validation))
-    engine = build_engine(config, world, training.fingerprint)
+    tokenizers = TokenizerDigests.of(training.making)
+    engine = build_engine(config, world, training.fingerprint, tokenizers)
     world.from_rank_zero(lambda: _keep_config(config))  # now that nothing refused it
     step = engine.progress.step
     has_random_base = config.recipe.base is None and config.recipe.stage != "image"
@@ -190,7 +192,7 @@ def _open_run(config: Config, world: World) -> Run:
     if step >= config.recipe.steps:
         log.info("nothing to do: step %d of recipe.steps=%d is done", step, config.recipe.steps)
     recorder = Recorder(config, engine.loss_frames, world.rank, world.size, step)
-    saver = Saver(engine, config, training.fingerprint)
+    saver = Saver(engine, config, training.fingerprint, tokenizers)
     return Run(config, engine, training, validation, recorder, saver, step, step)
 
 

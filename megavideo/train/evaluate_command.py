@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megavideo import options
+from megavideo.checkpoint.manifest import read_training
 from megavideo.checkpoint.sources import find_checkpoint
+from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.config.command import config_arguments
 from megavideo.config.schema import Config
 from megavideo.data.batch import Batch, BatchStream, open_stream
@@ -53,7 +55,7 @@ def main(
     config = load_on_all_ranks(files, assignments)
     world = join_world(config.run.timeout_minutes)
     folder = world.from_rank_zero(lambda: _find(checkpoint))
-    stream = world.first_on_rank_zero(lambda: _open_stream(config))
+    stream = world.first_on_rank_zero(lambda: _open_stream(config, folder))
     scores = evaluate_checkpoint(config, folder, stream, shuffle_captions, world)
     result = {
         "checkpoint": str(folder),
@@ -103,10 +105,14 @@ def _find(path: Path) -> Path:
     return checkpoint
 
 
-def _open_stream(config: Config) -> BatchStream:
+def _open_stream(config: Config, checkpoint: Path) -> BatchStream:
     if config.data.validation is None:
         raise ValueError("data.validation is not set: name a folder of held-out shards")
-    return open_stream(config.data, config.model, config.recipe, config.data.validation)
+    stream = open_stream(config.data, config.model, config.recipe, config.data.validation)
+    ours = TokenizerDigests.of(stream.making)
+    theirs = read_training(checkpoint).tokenizers
+    check_tokenizers(checkpoint, theirs, ours, "tokenise data.validation with that one")
+    return stream
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A resumed engine is the one that was saved, bit for bit, in this layout and in others."""
 
+import dataclasses
 import errno
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from megavideo.checkpoint import commit
 from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.manifest import MANIFEST, read_manifest
 from megavideo.checkpoint.sources import find_start
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
@@ -231,6 +233,21 @@ def test_stages_hand_over_base_and_temporal_channel(world: World, tmp_path: Path
     assert all(torch.equal(t, expected[n]) for n, t in engine2.state.gather_weights().items())
     with pytest.raises(ValueError, match=r"trained over the frozen base .* recipe\.base=None"):
         build_engine(config(tmp_path / "third", recipe), world, FINGERPRINT)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_start_that_learned_from_other_tokens_is_refused(
+    world: World, tmp_path: Path, kind: str
+) -> None:
+    ours = TokenizerDigests("a text tokenizer", "an image tokenizer")
+    theirs = dataclasses.replace(ours, **{kind: "another"})
+    base = config(tmp_path / "base", {"stage": "image"})
+    engine = build_engine(base, world, FINGERPRINT, theirs)
+    save_checkpoint(engine, base, FINGERPRINT, theirs)
+    settings = config(tmp_path / "first", {"base": base.run.directory})
+    with pytest.raises(ValueError, match=f"another {kind} tokenizer .* another recipe.base, or"):
+        build_engine(settings, world, FINGERPRINT, ours)
+    build_engine(settings, world, FINGERPRINT, theirs)
 
 
 def test_all_ranks_start_from_what_was_found_once(

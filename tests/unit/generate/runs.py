@@ -1,5 +1,6 @@
 """A folder with a run of each stage, tokenizers for them, and `megavideo generate` on it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from click.testing import CliRunner
 from megavideo.checkpoint.base import base_path
 from megavideo.checkpoint.files import combined_digest, tensor_entry
 from megavideo.checkpoint.manifest import Progress, Training
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.schema import Config, ModelConfig
 from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from megavideo.data.text_tokenizer import TextTokenizer, train_text_model
@@ -72,7 +74,15 @@ def _save(run: Path, config: Config) -> None:
     digest = combined_digest({name: tensor_entry(tensor) for name, tensor in frozen.items()})
     write_parts(base_path(run, digest), frozen, tp=1)
     whole = config.model_dump(mode="json")
-    write_checkpoint(run, trained, Training(Progress(1, 1, 1), whole, "data", digest, None))
+    tokenizers = tokenizers_in(run.parent)
+    training = Training(Progress(1, 1, 1), whole, "data", digest, None, tokenizers)
+    write_checkpoint(run, trained, training)
+
+
+def tokenizers_in(folder: Path) -> TokenizerDigests:
+    """Digests of text.model and image.safetensors."""
+    text = TextTokenizer(folder / "text.model", CODES)
+    return TokenizerDigests(text.digest, ImageTokenizer.load(folder / "image.safetensors").digest)
 
 
 def generate(folder: Path, output: Path, *options: str) -> str:
@@ -116,6 +126,11 @@ def _superres_sizes(folder: Path) -> dict[str, int]:
 def _save_superres(
     folder: Path, name: str, model: SuperResolution, image_digest: str | None
 ) -> None:
-    text = TextTokenizer(folder / "text.model", CODES)
-    image_digest = image_digest or ImageTokenizer.load(folder / "image.safetensors").digest
-    save(folder / name, drawn(model, seed=0).float(), Origin(text.digest, image_digest, 1))
+    tokenizers = tokenizers_in(folder)
+    if image_digest is not None:
+        tokenizers = replace(tokenizers, image=image_digest)
+    save(
+        folder / name,
+        drawn(model, seed=0).float(),
+        Origin(tokenizers, 1),
+    )

@@ -234,6 +234,20 @@ def test_another_text_tokenizer_is_refused(runs: Path, tmp_path: Path) -> None:
         generate(runs, tmp_path, *options, "--text-tokenizer", str(tmp_path / "other.model"))
 
 
+def test_tokenizers_that_the_stages_did_not_learn_from_are_refused(
+    runs: Path, tmp_path: Path
+) -> None:
+    options = [*both_stages(runs), *prompt_options(PROMPTS[:1])]
+    (tmp_path / "as-large.model").write_bytes(train_text_model([p[::-1] for p in PROMPTS], 300))
+    with pytest.raises(ValueError, match=r"stage1/.* another text tokenizer .*--text-tokenizer"):
+        generate(runs, tmp_path, *options, "--text-tokenizer", str(tmp_path / "as-large.model"))
+    torch.manual_seed(1)
+    other = ImageTokenizer(ImageTokenizer.load(runs / "image.safetensors").config)
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"stage1/.* another image tokenizer .*--image-tokenizer"):
+        generate(runs, tmp_path, *options, "--image-tokenizer", str(tmp_path / "other.safetensors"))
+
+
 def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None:
     options = [*both_stages(runs), *prompt_options(PROMPTS), "--samples", "2", "--guidance", "3"]
     said = generate(runs, tmp_path / "out", *options, "--dry-run")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.superres.checkpoint import Origin, load, origin_of, published_config, save
 from megavideo.superres.config import DirectConfig, IterativeConfig
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
@@ -13,7 +14,7 @@ from megavideo.superres.start import is_new
 from tests.unit.checkpoint.samples import weights, write_split_sat
 from tests.unit.superres.samples import direct, drawn
 
-ORIGIN = Origin("text", "image", 7)
+ORIGIN = Origin(TokenizerDigests("text", "image"), 7)
 
 
 def saved(folder: Path) -> DirectSuperResolution:

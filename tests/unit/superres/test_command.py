@@ -8,10 +8,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.data.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.sampling.strategy import Strategy
-from megavideo.superres.checkpoint import load, origin_of
+from megavideo.superres.checkpoint import Origin, load, origin_of
 from megavideo.superres.command import main
 from megavideo.superres.model import DirectSuperResolution, IterativeSuperResolution
 from megavideo.superres.upsample import refine, upsample
@@ -50,9 +51,7 @@ def test_a_trained_model_enlarges_a_clip_and_says_what_it_was_made_with(folder: 
     image = ImageTokenizer.load(folder / "image.safetensors")
     text = TextTokenizer(folder / "text.model", image.num_codes)
     origin = origin_of(folder / "model")
-    assert origin and (origin.text_tokenizer, origin.image_tokenizer, origin.steps) == (
-        text.digest, image.digest, 4,
-    )  # fmt: skip
+    assert origin == Origin(TokenizerDigests(text.digest, image.digest), 4)
     model = load(folder / "model")
     assert isinstance(model, DirectSuperResolution)
     frames = torch.randint(16, (3, 4))
