@@ -176,22 +176,6 @@ class Saver:
         return self._world.problem(lambda: function() if self._world.rank == 0 else None)
 
 
-def save_checkpoint(
-    engine: Engine, config: Config, data: str, tokenizers: TokenizerDigests | None = None
-) -> None:
-    """Save and wait for it. All ranks must call it.
-
-    Raises:
-        RunFailed: if a frozen weight changed; then nothing is written.
-        OSError: if it cannot be written.
-    """
-    saver = Saver(engine, config, data, tokenizers)
-    saver.save()
-    saved = saver.finish()
-    if saved is not None and saved.problem is not None:
-        raise OSError(saved.problem)
-
-
 def _write(folder: Path, files: dict[str, dict[str, Tensor]]) -> Written:
     """Write this rank's files, durably; their seals and the seconds that it took."""
     started = time.perf_counter()

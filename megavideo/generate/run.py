@@ -16,6 +16,7 @@ from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.data.video import read_frames
 from megavideo.engine.world import World
+from megavideo.files import check_writable
 from megavideo.generate.enlarge import Enlarger
 from megavideo.generate.load import base_of, load_stage
 from megavideo.generate.output import is_whole, write_video_folder
@@ -50,6 +51,7 @@ def generate(settings: Settings, world: World) -> str:
         return f"all {there} videos are there already: {settings.output}"
     if there:
         log.info("%d of %d videos are there already; they are kept", there, there + len(todo))
+    world.from_rank_zero(lambda: check_writable(settings.output))
     generation = _loaded(settings, world)
     mine = todo[world.mesh.dp.rank :: world.mesh.dp.size]
     total = len(mine) * settings.work(generation.given.shape[1]).tokens

@@ -42,11 +42,6 @@ class Axis:
         """Whether this process is the axis's first."""
         return self.rank == 0
 
-    @property
-    def is_last(self) -> bool:
-        """Whether this process is the axis's last."""
-        return self.rank == self.size - 1
-
 
 @dataclass(frozen=True)
 class Mesh:

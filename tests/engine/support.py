@@ -4,14 +4,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.schema import Config
 from megavideo.data.batch import Batch
+from megavideo.engine.engine import Engine
+from megavideo.engine.snapshot import Saver
 from megavideo.model.build import stage_grid
 from megavideo.verify import golden, made_up
 from tests.sizes import tiny
 
 MODEL = tiny()
 FINGERPRINT = "made-up data"
+
+
+def save_checkpoint(
+    engine: Engine, config: Config, data: str, tokenizers: TokenizerDigests | None = None
+) -> None:
+    """Save and wait for it. All ranks must call it."""
+    saver = Saver(engine, config, data, tokenizers)
+    saver.save()
+    saved = saver.finish()
+    if saved is not None and saved.problem is not None:
+        raise OSError(saved.problem)
 
 
 def config(

@@ -8,9 +8,8 @@ from click.testing import CliRunner
 
 from megavideo.checkpoint.convert_command import main
 from megavideo.engine.build import build_engine
-from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.world import World
-from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.engine.support import FINGERPRINT, config, micro_batches, save_checkpoint
 from tests.engine.test_nonfinite import assert_same_state
 
 

@@ -10,10 +10,9 @@ from megavideo.checkpoint.commit import list_checkpoints
 from megavideo.checkpoint.manifest import MANIFEST, read_manifest
 from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
-from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.world import World, join_world
 from tests.engine import support
-from tests.engine.support import FINGERPRINT, MODEL, micro_batches
+from tests.engine.support import FINGERPRINT, MODEL, micro_batches, save_checkpoint
 from tests.engine.test_parity import LOSS_TOLERANCE
 from tests.world import run_world
 

@@ -10,12 +10,18 @@ import torch
 from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
-from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.world import World, join_world
 from megavideo.model.build import canonical_parameters
 from megavideo.ops import pointwise
 from tests.engine import support
-from tests.engine.support import FINGERPRINT, MODEL, Golden, batch_at, micro_batches
+from tests.engine.support import (
+    FINGERPRINT,
+    MODEL,
+    Golden,
+    batch_at,
+    micro_batches,
+    save_checkpoint,
+)
 from tests.engine.test_nonfinite import assert_leaves_no_trace
 from tests.engine.test_parity import ADAMW, LOSS_TOLERANCE, SGD, assert_trains_like_golden
 from tests.engine.test_resume import DROPOUT

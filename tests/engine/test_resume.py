@@ -17,12 +17,11 @@ from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.schema import Config
 from megavideo.engine.build import build_engine
 from megavideo.engine.errors import RunFailed
-from megavideo.engine.snapshot import save_checkpoint
 from megavideo.engine.weights import new_model, start_weights
 from megavideo.engine.world import World
 from megavideo.log import log
 from megavideo.model.build import canonical_parameters
-from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.engine.support import FINGERPRINT, config, micro_batches, save_checkpoint
 from tests.engine.test_nonfinite import HOMES, assert_same_state
 
 DROPOUT = {"hidden_dropout": 0.3, "attention_dropout": 0.3}

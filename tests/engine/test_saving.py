@@ -17,13 +17,13 @@ from megavideo.engine import snapshot
 from megavideo.engine.build import build_engine
 from megavideo.engine.engine import Engine
 from megavideo.engine.errors import RunFailed
-from megavideo.engine.snapshot import Saver, save_checkpoint
+from megavideo.engine.snapshot import Saver
 from megavideo.engine.world import World
 from megavideo.train.command import _open_run
 from megavideo.train.loop import train
 from megavideo.train.metrics import read_rows
 from tests.engine.dataset import make_dataset
-from tests.engine.support import FINGERPRINT, config, micro_batches
+from tests.engine.support import FINGERPRINT, config, micro_batches, save_checkpoint
 from tests.engine.test_nonfinite import assert_same_state
 
 

@@ -15,6 +15,7 @@ from megavideo.checkpoint.convert_command import main as convert
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
 from megavideo.data.text_tokenizer import train_text_model
 from megavideo.data.video import read_clip, write_video
+from megavideo.generate import run
 from megavideo.generate.load import open_checkpoint
 from megavideo.generate.requests import Request
 from megavideo.superres.upsample import round_mask
@@ -246,6 +247,16 @@ def test_tokenizers_that_the_stages_did_not_learn_from_are_refused(
     other.save(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"stage1/.* another image tokenizer .*--image-tokenizer"):
         generate(runs, tmp_path, *options, "--image-tokenizer", str(tmp_path / "other.safetensors"))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_models_are_loaded(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_loaded", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    options = [*both_stages(runs), *prompt_options(PROMPTS[:1])]
+    with pytest.raises(OSError, match="file"):
+        generate(runs, tmp_path / "file" / "videos", *options)
 
 
 def test_a_dry_run_counts_and_writes_nothing(runs: Path, tmp_path: Path) -> None:

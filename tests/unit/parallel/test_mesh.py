@@ -7,10 +7,10 @@ from megavideo.parallel.mesh import Axis, Mesh
 from tests.world import run_world
 
 
-def test_a_single_process_stands_at_both_ends_of_every_axis() -> None:
+def test_a_single_process_is_alone_on_every_axis() -> None:
     mesh = Mesh.single()
     for axis in (mesh.pp, mesh.dp, mesh.tp):
-        assert axis == Axis() and axis.is_first and axis.is_last
+        assert axis == Axis() and axis.is_first
 
 
 def test_each_axis_joins_the_ranks_that_share_the_other_coordinates() -> None:
