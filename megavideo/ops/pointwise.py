@@ -99,7 +99,7 @@ _NEEDED = {"cpu": "a C++ compiler (g++) and Python's headers", "cuda": "Triton a
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last line of the innermost error that has something to say."""
+    """The first line of the innermost error."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
