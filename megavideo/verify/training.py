@@ -203,7 +203,7 @@ def _record(model: nn.Sequential) -> list[Record]:
         record: Record = defaultdict(list)
         block.register_forward_hook(_keep_output(record, "hidden"))
         block.input_norm.register_forward_hook(_keep_output(record, "attn_in"))
-        block.attention_norm.register_forward_hook(_keep_input(record, "attn_out"))
+        block.attention.register_forward_hook(_keep_output(record, "attn_out"))
         block.attention.spatial.dense.register_forward_hook(_keep_input(record, "ctx_spatial"))
         block.attention.temporal.dense.register_forward_hook(_keep_input(record, "ctx_temporal"))
         records.append(record)
