@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: help install demo test gpu lint clean
 
 help:
-	@echo "make demo    render clips, tokenise them, pretrain both stages, generate videos, enlarge them, write runs/demo/report (about 8 minutes on two idle cores)"
-	@echo "make test    run all tests (about 10 minutes on two cores)"
+	@echo "make demo    render clips, tokenise them, pretrain both stages, generate videos, enlarge them, write runs/demo/report (6 minutes on two idle cores)"
+	@echo "make test    run all tests (12 minutes on two cores)"
 	@echo "make gpu     with an NVIDIA GPU: kernels, their tests, sanitizers, benchmarks, all in runs/gpu/summary.md (1 to 3 hours, estimated)"
 	@echo "make lint    check format, lint and types"
 	@echo "make clean   remove .venv and build files; runs/ stays"
