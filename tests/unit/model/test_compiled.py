@@ -43,10 +43,10 @@ BF16 = {"rtol": 2e-2, "atol": 2e-2}
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pointwise]:
     """Compiled once for all tests here, which give them inputs of the same kinds."""
-    with pytest.MonkeyPatch.context() as patch:
+    one_thread = torch._inductor.config.patch(compile_threads=1)
+    with pytest.MonkeyPatch.context() as patch, one_thread:
         cache = tmp_path_factory.mktemp("inductor")
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-        patch.setattr(torch._inductor.config, "compile_threads", 1)
         torch._dynamo.reset()
         counters.clear()
         compiled.cache_clear()
@@ -156,8 +156,8 @@ def test_the_plan_knows_what_a_compiled_model_keeps(functions: Pointwise) -> Non
 def test_a_machine_that_cannot_compile_says_so_at_once(
     functions: Pointwise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    with pytest.raises(ValueError, match=r"cannot build code for cpu here: .*install a C\+\+ comp"):
+    refused = pytest.raises(ValueError, match=r"cannot build code for cpu here: .*install a C\+\+ ")
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}), refused:
         check_compiler(CPU)
     monkeypatch.setattr(pointwise, "BACKEND", "aot_eager")
     check_compiler(CPU)
