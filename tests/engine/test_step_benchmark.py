@@ -151,13 +151,14 @@ def test_a_layout_that_fails_has_a_reason_and_the_others_figures(
 
 @pytest.mark.slow
 def test_a_search_goes_on_after_running_out_of_memory() -> None:
-    settings = ["model.hidden=512", "recipe.batch=64"]
+    settings = ["model.hidden=512", "recipe.batch=4"]
     base = load_config(TINY[:3], [*UNUSED, *settings, *ALWAYS])
 
     def try_out(number: int) -> dict[str, Any]:
-        """Two worlds: of one sample, and of more than 1 GiB holds."""
-        recipe = base.recipe.model_copy(update={"micro_batch": 64 if number > 1 else 1})
-        case = worlds.Case("one", base.model_copy(update={"recipe": recipe}), 1, memory_gib=1.0)
+        """Two worlds: of one sample, and of more than 2 GiB hold."""
+        sizes = {"micro_batch": 1} if number == 1 else {"micro_batch": 512, "batch": 512}
+        recipe = base.recipe.model_copy(update=sizes)
+        case = worlds.Case("one", base.model_copy(update={"recipe": recipe}), 1, memory_gib=2.0)
         return worlds.measure_case(case, Window(0, 2, 1), deadline_s=300)
 
     one, more = search(try_out, 64)
