@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from megavideo import options
 from megavideo.analysis.mass import KINDS, MassRecorder
-from megavideo.checkpoint.manifest import read_training
+from megavideo.checkpoint.manifest import check_learned_from, read_training
 from megavideo.checkpoint.sources import find_checkpoint
-from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.load import load_config
 from megavideo.config.schema import Config
 from megavideo.data.batch import Batch, BatchStream, open_stream
@@ -52,19 +52,14 @@ def main(run: Path, output: Path, data: str | None, samples: int, device: str) -
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} holds no checkpoint")
-    training = read_training(checkpoint)
-    if training.stage == "image":
+    if read_training(checkpoint).stage == "image":
         raise ValueError(f"{run} is a text-to-image run: it has no temporal channel to look at")
     model = load_model(config, checkpoint, torch.device(device)).float()
     layers = [module for module in model.modules() if isinstance(module, DualAttention)]
     mixtures = mixture_rows(layers)
     stream = _open_stream(config, data)
-    check_tokenizers(
-        checkpoint,
-        training.tokenizers,
-        TokenizerDigests.of(stream.making),
-        "tokenise --data with that one",
-    )
+    ours = TokenizerDigests.of(stream.making)
+    check_learned_from(checkpoint, ours, "tokenise --data with that one")
     masses = mass_rows(model, layers, _batches(config, stream, samples), torch.device(device))
     _write_table(output / "mixture.csv", mixtures)
     _write_table(output / "attention.csv", masses)

@@ -10,7 +10,7 @@ import xxhash
 
 from megavideo.checkpoint.files import TensorEntry
 from megavideo.checkpoint.tensor_stream import TensorSpec
-from megavideo.checkpoint.tokenizers import TokenizerDigests
+from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.files import atomic_write
 
 MANIFEST = "manifest.json"
@@ -119,6 +119,14 @@ def read_training(checkpoint: Path) -> Training:
     training = read_manifest(checkpoint / MANIFEST).training
     assert training is not None, "a run's checkpoints say where it stood"
     return training
+
+
+def check_learned_from(checkpoint: Path, ours: TokenizerDigests, remedy: str) -> None:
+    """Refuse tokens of other tokenizers than those that the run of `checkpoint` learned from.
+
+    Raises: ValueError, as `check_tokenizers`.
+    """
+    check_tokenizers(checkpoint, read_training(checkpoint).tokenizers, ours, remedy)
 
 
 def write_sealed(path: Path, kind: str, body: dict[str, Any]) -> None:

@@ -7,9 +7,14 @@ import torch
 
 from megavideo.checkpoint.commit import candidates_of, damage, first_whole
 from megavideo.checkpoint.formats.run import RunReader
-from megavideo.checkpoint.manifest import Progress, Training, read_training
+from megavideo.checkpoint.manifest import (
+    Progress,
+    Training,
+    check_learned_from,
+    read_training,
+)
 from megavideo.checkpoint.sources import Start, find_start
-from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.deepspeed import (
     accumulation_steps,
     check_precision,
@@ -109,8 +114,7 @@ def _find_start(recipe: RecipeConfig, tokenizers: TokenizerDigests | None) -> St
     for name, checkpoint in (("base", start.base), ("start_from", start.channel)):
         if checkpoint is not None and tokenizers is not None:
             remedy = f"start from another recipe.{name}, or tokenise data.train with that one"
-            theirs = read_training(checkpoint).tokenizers
-            check_tokenizers(checkpoint, theirs, tokenizers, remedy)
+            check_learned_from(checkpoint, tokenizers, remedy)
     return start
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import xxhash
 
-from megavideo.checkpoint.manifest import MANIFEST, read_training
+from megavideo.checkpoint.manifest import MANIFEST, check_learned_from, read_training
 from megavideo.checkpoint.sources import find_checkpoint
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.schema import Config, ParallelConfig
 from megavideo.data.text_tokenizer import TextTokenizer
 from megavideo.engine.weights import load_model
@@ -56,10 +57,16 @@ def folder_digest(folder: Path, manifest: str = MANIFEST) -> str:
     return xxhash.xxh3_128_hexdigest(repr(seen).encode())
 
 
-def load_stage(checkpoint: Path, config: Config, parallel: ParallelConfig, world: World) -> Stage:
+def load_stage(
+    checkpoint: Path, config: Config, parallel: ParallelConfig, world: World, image_digest: str
+) -> Stage:
     """Load a checkpoint's model, in recipe.precision, onto this process's device.
 
-    Raises: ValueError if the text tokenizer has other ids than the model.
+    Args:
+        image_digest: of the image tokenizer, whose tokens the model is to read and write.
+
+    Raises: ValueError if the model learned from other tokenizers, or the text tokenizer has other
+        ids; before anything large is read.
     """
     config = config.model_copy(update={"parallel": parallel})
     text = TextTokenizer(config.data.text_tokenizer, config.model.image_codes)
@@ -70,6 +77,10 @@ def load_stage(checkpoint: Path, config: Config, parallel: ParallelConfig, world
             f"{text.path} has padding, line break and the first id after text at {ids}, the model "
             f"of {checkpoint} at {known}; name the tokenizer of its training by --text-tokenizer"
         )
+    if (checkpoint / MANIFEST).is_file():  # bare weights do not say
+        ours = TokenizerDigests(text.digest, image_digest)
+        remedy = "name that one, by --text-tokenizer or --image-tokenizer"
+        check_learned_from(checkpoint, ours, remedy)
     model = load_model(config, checkpoint, world.device, world.mesh)
     return Stage(model, config, text, world.mesh)
 

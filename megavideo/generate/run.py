@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavideo.checkpoint.manifest import MANIFEST, read_training
 from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
 from megavideo.config.schema import Config, ParallelConfig
 from megavideo.data.image_tokenizer import ImageTokenizer, images_of
@@ -97,9 +96,9 @@ class Generation:
         self.settings = settings
         self.how = settings.drawing()
         self.tokenizer = load_tokenizer(settings).to(world.device)
-        self.stage1 = _load(settings.keyframe_stage, settings.tp, world)
-        self.stage2 = _load(settings.interpolation_stage, settings.tp, world)
-        self._check_tokenizers()
+        self.image_digest = self.tokenizer.digest
+        self.stage1 = self._stage(settings.keyframe_stage, world)
+        self.stage2 = self._stage(settings.interpolation_stage, world)
         self.base = None if self.stage1 is None else base_of(self.stage1)
         self.enlarge = self._enlarger()
         self.given = self._encode(given_frames(settings, self.tokenizer)).to(world.device)
@@ -136,23 +135,21 @@ class Generation:
         assert stage is not None
         return stage.text
 
-    def _check_tokenizers(self) -> None:
-        """Whether all models read and write the tokens of these tokenizers."""
-        ours = TokenizerDigests(self._text.digest, self.tokenizer.digest)
-        settings = self.settings
-        for stage in (settings.keyframe_stage, settings.interpolation_stage):
-            if stage is not None and (stage[0] / MANIFEST).is_file():  # bare weights do not say
-                remedy = "name that one, by --text-tokenizer or --image-tokenizer"
-                check_tokenizers(stage[0], read_training(stage[0]).tokenizers, ours, remedy)
-        for folder, _ in settings.superres_stages.values():
-            origin = origin_of(folder)
-            remedy = "use that one, or train super-resolution anew"
-            check_tokenizers(folder, None if origin is None else origin.tokenizers, ours, remedy)
+    def _stage(self, stage: tuple[Path, Config] | None, world: World) -> Stage | None:
+        if stage is None:
+            return None
+        parallel = ParallelConfig(tp=self.settings.tp, recompute="none")
+        return load_stage(*stage, parallel, world, self.image_digest)
 
     def _enlarger(self) -> Enlarger | None:
         settings = self.settings
         if settings.superres is None:
             return None
+        ours = TokenizerDigests(self._text.digest, self.image_digest)
+        for folder, _ in settings.superres_stages.values():
+            origin = origin_of(folder)
+            remedy = "use that one, or train super-resolution anew"
+            check_tokenizers(folder, None if origin is None else origin.tokenizers, ours, remedy)
         precision = DTYPES[settings.any_config.recipe.precision]
         device = self.tokenizer.quantize.embed.weight.device
         strategy = direct_strategy(settings.labels, settings.superres_temperature)
@@ -206,12 +203,6 @@ def given_frames(settings: Settings, tokenizer: ImageTokenizer) -> np.ndarray:
     if settings.interpolate is not None:
         return np.stack(list(read_frames(settings.interpolate, settings.fps, size)))
     return np.zeros((0, size, size, 3), np.uint8)
-
-
-def _load(stage: tuple[Path, Config] | None, tp: int, world: World) -> Stage | None:
-    if stage is None:
-        return None
-    return load_stage(*stage, ParallelConfig(tp=tp, recompute="none"), world)
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megavideo import options
-from megavideo.checkpoint.manifest import read_training
+from megavideo.checkpoint.manifest import check_learned_from
 from megavideo.checkpoint.sources import find_checkpoint
-from megavideo.checkpoint.tokenizers import TokenizerDigests, check_tokenizers
+from megavideo.checkpoint.tokenizers import TokenizerDigests
 from megavideo.config.command import config_arguments
 from megavideo.config.schema import Config
 from megavideo.data.batch import Batch, BatchStream, open_stream
@@ -110,8 +110,7 @@ def _open_stream(config: Config, checkpoint: Path) -> BatchStream:
         raise ValueError("data.validation is not set: name a folder of held-out shards")
     stream = open_stream(config.data, config.model, config.recipe, config.data.validation)
     ours = TokenizerDigests.of(stream.making)
-    theirs = read_training(checkpoint).tokenizers
-    check_tokenizers(checkpoint, theirs, ours, "tokenise data.validation with that one")
+    check_learned_from(checkpoint, ours, "tokenise data.validation with that one")
     return stream
 
 
